@@ -1,0 +1,38 @@
+"""Errors a user can meet. Every message names the field, the value, and what to do."""
+
+from __future__ import annotations
+
+
+class OnlinePOError(Exception):
+    """Base of all errors raised on purpose; the CLI prints it without a traceback.
+
+    `exit_code` is what the command line returns: 2 for bad input, 3 for a run that stopped.
+    """
+
+    exit_code = 3
+
+
+class ConfigError(OnlinePOError, ValueError):
+    """Something the user wrote cannot be used: config, prompt file, model, judge function."""
+
+    exit_code = 2
+
+
+class LedgerError(OnlinePOError):
+    """The run folder is missing, in use, damaged, or belongs to another config."""
+
+
+class NoPairsError(OnlinePOError):
+    """A round produced not a single usable pair."""
+
+
+class JudgeFailureRateError(OnlinePOError):
+    """More groups failed in the judge than `judge.max_failure_rate` allows."""
+
+
+class SyncError(OnlinePOError):
+    """A generator does not hold the weights it should hold."""
+
+
+class EngineError(OnlinePOError):
+    """An inference engine could not start, or died."""

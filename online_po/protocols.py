@@ -1,0 +1,122 @@
+"""What the loop asks of its parts. The round sees these protocols and nothing behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from online_po.types import Group, Judgement, Policy, Probe, Request, SyncReport
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from online_po.config import SamplingConfig
+
+
+class Generator(Protocol):
+    """Samples responses from the policy it holds."""
+
+    def generate(
+        self, chunks: Iterable[tuple[int, Sequence[Request]]], sampling: SamplingConfig
+    ) -> Iterator[tuple[int, list[Group]]]:
+        """Yields (chunk index, groups in order of the chunk's requests) as chunks finish.
+
+        Chunks may come back in any order; the content of a chunk depends on its requests and on the
+        weights alone, never on the replica that made it or on what else was running.
+        `chunks` is read lazily: only as far ahead as replicas need.
+        """
+        ...
+
+    def sync(self, policy: Policy, probe: Probe) -> list[SyncReport]:
+        """Loads the policy's weights into every replica, drops what was cached under the old ones,
+        and proves the new ones (version tag and probe logps). Raises SyncError on a mismatch."""
+        ...
+
+
+class JudgePool(Protocol):
+    """Judges groups somewhere else while the caller goes on."""
+
+    def submit(self, groups: Sequence[Group]) -> Future[list[Judgement]]:
+        """One judgement per group, in order. A judge's error is a JudgeFailure, never an exception."""
+        ...
+
+
+class Learner(Protocol):
+    """Trains the policy; one or more ranks behind it."""
+
+    def logps(self, pairs: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
+        """Response logps under a committed policy, without touching the weights being trained.
+
+        `pairs` is in `online_po.tables.PAIR_SCHEMA`. Yields batches until every pair was there once:
+        {"row": (m,) int64 rows of `pairs`, "chosen": (m,) float32, "rejected": (m,) float32}, the
+        logps summed over response tokens, in nats. Where `policy` is what the learner holds (no step
+        since), its own weights answer; else the folder's are loaded for the time of the call.
+        """
+        ...
+
+    def update(
+        self,
+        round_: int,
+        pairs: pa.Table,
+        reference_logps: dict[str, np.ndarray],
+        start_logps: dict[str, np.ndarray] | None,
+    ) -> Iterator[dict[str, float]]:
+        """Trains on all pairs `learner.epochs` times; yields the metrics of each optimizer step.
+
+        `reference_logps`: {"chosen": (N,), "rejected": (N,)} float32, summed over response tokens.
+        `start_logps`: the same under the starting policy, for KL metrics; None leaves them out.
+        """
+        ...
+
+    def token_logps(self, token_ids: Sequence[int]) -> list[float]:
+        """(T,) token ids -> (T - 1,) logps in nats of token_ids[1:] under the current weights."""
+        ...
+
+    def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> None:
+        """Writes the weights (loadable by transformers, PEFT and vLLM as they are) and everything else
+        a later `load` needs to go on exactly (optimizer state, RNG). The weights are policy version
+        `round_` from here on."""
+        ...
+
+    def load(self, policy: Policy, trainer_dir: Path) -> None:
+        """Takes back what `save` wrote."""
+        ...
+
+
+class Observer(Protocol):
+    """Telemetry: told what happens, asked for nothing. The loop gives the same result without it.
+
+    Phases may overlap (`loop.max_staleness` of 1 or more) and come from two threads.
+    """
+
+    def phase(self, name: str, round_: int) -> AbstractContextManager[None]:
+        """Around one phase: start, generate, judge, pair, reference, learn, save, commit, sync, evaluate."""
+        ...
+
+    def progress(self, name: str, done: int, total: int | None) -> None:
+        """How far a phase is."""
+        ...
+
+    def step(self, round_: int, metrics: dict[str, float]) -> None:
+        """One optimizer step."""
+        ...
+
+    def round(self, summary: dict[str, Any]) -> None:
+        """One committed round, with its row of metrics.jsonl."""
+        ...
+
+    def evaluation(self, summary: dict[str, Any]) -> None:
+        """One evaluated policy version (`online_po.evaluation.EvalSummary` and `policy_version`)."""
+        ...
+
+    def message(self, text: str) -> None:
+        """Something a person may want to know."""
+        ...
+
+    def close(self) -> None:
+        """The run is over, for good or ill."""
+        ...

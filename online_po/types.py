@@ -1,0 +1,135 @@
+"""The records that travel through the loop. Frozen, keyword-only, free of torch, ray and vllm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length"]
+FailureKind = Literal["timeout", "error", "bad_value", "bad_length"]
+
+Message = dict[str, str]
+"""One chat message: {"role": "system" | "user" | "assistant", "content": text}."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One prompt as the policy reads it."""
+
+    id: str
+    """Stable hash of `messages` and `metadata`: the same prompt has the same id in every run."""
+    messages: tuple[Message, ...]
+    """Chat messages; a plain text prompt is one user message."""
+    text: str
+    """The exact text whose tokens are `token_ids` (chat template applied)."""
+    token_ids: tuple[int, ...]
+    """Prompt token ids, ending where the response begins."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Further columns of the prompt file; the judge reads them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Response:
+    """One response exactly as sampled: never stripped, never re-tokenised."""
+
+    index: int
+    """Sample index inside its group, 0-based."""
+    text: str
+    """The sampled tokens as text, special tokens left out."""
+    token_ids: tuple[int, ...]
+    """Sampled token ids; ends with an end-of-sequence id if and only if the policy sampled one."""
+    token_logps: tuple[float, ...]
+    """Log-probability in nats of each sampled token under the policy at temperature 1, before any
+    truncation of the distribution (top_p, top_k, min_p) or penalty; same length as `token_ids`."""
+    finish_reason: FinishReason
+    """"stop": the policy ended it (EOS or a stop string); "length": cut at `generator.max_tokens`."""
+    policy_version: int
+    """The round whose weights sampled it; 0 is the starting model."""
+    seed: int
+    """Seed of its sampling stream."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """One prompt and its n responses, in order of `Response.index`."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What a generator is asked for: one response per seed, `Response.index` = position in `seeds`."""
+
+    prompt: Prompt
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgeFailure:
+    """Why a judge gave no label. A failure is never turned into a score."""
+
+    kind: FailureKind
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judgement:
+    """A judge's verdict on one group: exactly one of `scores` and `failure` is set."""
+
+    prompt_id: str
+    scores: tuple[float, ...] | None = None
+    """One finite score per response, higher is better, in order of `Response.index`."""
+    rationales: tuple[str, ...] | None = None
+    """One short explanation per response, where the judge gives them."""
+    failure: JudgeFailure | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """Two responses to one prompt, the first judged better than the second."""
+
+    prompt: Prompt
+    chosen: Response
+    rejected: Response
+    chosen_score: float
+    rejected_score: float
+
+    @property
+    def margin(self) -> float:
+        """Score gap, in units of the judge's score; always above zero."""
+        return self.chosen_score - self.rejected_score
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """Weights on disk, as one committed round left them."""
+
+    version: int
+    """The round that produced it; 0 is the starting model."""
+    path: Path
+    """Hugging Face folder (full weights) or PEFT adapter folder; the starting model at version 0."""
+    is_adapter: bool = False
+    """True where `path` holds a LoRA adapter on top of the starting model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """What the learner says of a fixed token sequence; a generator must say the same after a sync."""
+
+    token_ids: tuple[int, ...]
+    """(T,) token ids."""
+    token_logps: tuple[float, ...]
+    """(T - 1,) log-probabilities in nats of token_ids[1:], each given all tokens before it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyncReport:
+    """A generator replica's proof of what it holds."""
+
+    replica: int
+    policy_version: int
+    max_logp_error: float
+    """Largest absolute difference to the probe's token_logps, in nats."""
+    seconds: float

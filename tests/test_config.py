@@ -1,0 +1,119 @@
+"""Config: what is refused, and how it is said."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from online_po.config import Config
+from online_po.errors import ConfigError
+
+BASE = {
+    "run": {"name": "x"},
+    "model": {"path": "model"},
+    "prompts": {"path": "p.jsonl", "heldout_size": 4},
+}
+
+
+def write(tmp_path: Path, data: object = BASE) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner.learning_rte=1", "learner.learning_rte: unknown key; did you mean 'learning_rate'?"),
+        ("learnr.ranks=1", "learnr: unknown key; did you mean 'learner'?"),
+        ("learner.lora.rnk=3", "learner.lora.rnk: unknown key; did you mean 'rank'?"),
+        ("loop.rounds=a", "loop.rounds: .*integer.*got 'a'"),
+        ("loop.rounds=0", "loop.rounds: .*greater than or equal to 1.*got 0"),
+        ("learner.ranks=3", "learner.global_batch_size is 32, which learner.ranks = 3 does not divide"),
+        ("loop.responses_per_prompt=1", "loop.responses_per_prompt is 1, .* use 2 or more"),
+        ("generator.max_model_len=100", "generator.max_model_len is 100, below .* = 1536"),
+        ("generator.temperature=0", "generator.temperature is 0"),
+        ("loop.max_staleness=3", "loop.max_staleness is 3 but loop.rounds is 3"),
+        ("judge.kind=python", "judge.function must be given"),
+        ("judge.function=a:b", "judge.function is for judge.kind: python"),
+        ("eval.every=0", "eval.every is 0 but held-out prompts are given"),
+        ("prompts.heldout_size=0", "no held-out prompts"),
+        ("prompts.dataset=d", "exactly one of prompts.path and prompts.dataset"),
+        ("prompts.heldout_path=h", "heldout_path or prompts.heldout_size, not both"),
+        ("reference.every=2", "reference.every is for reference.kind: refresh"),
+        ("pairs.strategy=top_bottom_k pairs.k=3", "pairs.k is 3: top_bottom_k needs 2 x k"),
+        ("pairs.max_per_prompt=3", "pairs.max_per_prompt is for"),
+        ("learner.betas=[0.9, 1.5]", "learner.betas are"),
+        ("learner.param_dtype=bfloat16", "learner.compute_dtype must be bfloat16"),
+        ("run.name=a/b", "run.name: .*got 'a/b'"),
+        ("loop.rounds", "not of the form section.key=value"),
+        ("run.name.x=1", "run.* name is a value|override 'run.name.x=1': name is a value"),
+        ("generator.tensor_parallel=2 generator.engine=transformers", "needs generator.engine: vllm"),
+        ("run.keep_checkpoints=1 loop.max_staleness=1", "run.keep_checkpoints is 1"),
+    ],
+)
+def test_bad_values_are_refused_by_name(tmp_path, override, message):
+    overrides = override.split(" ") if "[" not in override else [override]
+    with pytest.raises(ConfigError, match=message):
+        Config.from_yaml(write(tmp_path), overrides)
+
+
+def test_every_fault_is_told_at_once(tmp_path):
+    data = copy.deepcopy(BASE) | {"learner": {"ranks": 0, "epochs": "x"}, "los": {}}
+    with pytest.raises(ConfigError) as caught:
+        Config.from_yaml(write(tmp_path, data))
+    assert all(name in str(caught.value) for name in ("learner.ranks", "learner.epochs", "los"))
+
+
+def test_overrides_are_typed_as_the_file_is(tmp_path):
+    overrides = ["learner.learning_rate=5e-6", "learner.lora.rank=8", r'generator.stop=["\n", END]', "ray.address=null"]
+    config = Config.from_yaml(write(tmp_path), overrides)
+    assert config.learner.learning_rate == 5e-6
+    assert config.learner.lora is not None and config.learner.lora.rank == 8
+    assert config.generator.stop == ("\n", "END")
+
+
+def test_file_faults(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere.yaml.* cannot be read: No such file"):
+        Config.from_yaml(tmp_path / "nowhere.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("run: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        Config.from_yaml(bad)
+    bad.write_text("- 1")
+    with pytest.raises(ConfigError, match="must hold sections"):
+        Config.from_yaml(bad)
+
+
+def test_yaml_round_trip(tmp_path):
+    config = Config.from_yaml(write(tmp_path), ["learner.lora.rank=8", "generator.stop=[x]"])
+    path = tmp_path / "again.yaml"
+    path.write_text(config.to_yaml())
+    assert Config.from_yaml(path) == config
+
+
+def test_paths_expand(tmp_path, monkeypatch):
+    monkeypatch.setenv("WHERE", "/somewhere")
+    config = Config.from_yaml(write(tmp_path), ["model.path=$WHERE/m", "run.dir=~/runs"])
+    assert config.model.path == "/somewhere/m"
+    assert config.run.dir == str(Path.home() / "runs")
+
+
+def test_eval_sampling_follows_the_generator_but_for_temperature(tmp_path):
+    config = Config.from_yaml(write(tmp_path), ["generator.top_p=0.9", "eval.temperature=0.2"])
+    assert config.eval_sampling.top_p == 0.9 and config.eval_sampling.temperature == 0.2
+    assert Config.from_yaml(write(tmp_path)).eval_sampling.temperature == 1.0
+
+
+def test_importing_the_package_and_its_config_loads_nothing_heavy():
+    code = (
+        "import sys, online_po, online_po.config\n"
+        "heavy = {'torch', 'transformers', 'ray', 'vllm', 'pyarrow', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
