@@ -1,0 +1,344 @@
+"""The run folder. All reads and writes of a run go through here.
+
+Resume is one rule: read the ledger, do the first thing that is not there. Small files (parts, pairs,
+evaluations) count as there when they read back whole (parquet pages carry checksums); a round
+counts when its COMMIT.json does, and what it lists is checked by hash where it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from online_po import files
+from online_po.config import Config
+from online_po.errors import ConfigError, LedgerError
+from online_po.tables import (
+    LOGP_SCHEMA,
+    PROMPT_SCHEMA,
+    PromptRows,
+    judgements_to_table,
+    responses_to_table,
+    table_to_groups,
+    table_to_judgements,
+)
+from online_po.types import Group, Judgement, Policy, Probe, Prompt
+
+SCHEMA_VERSION = 1
+WEIGHT_FOLDERS = ("policy", "trainer")
+LogpKind = Literal["reference", "start"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """What makes a round durable."""
+
+    round: int
+    is_adapter: bool
+    """True where the round's policy folder is a LoRA adapter."""
+    reference_round: int
+    """The policy version that is the reference of the NEXT round; decided before the commit."""
+    probe: Probe
+    """The committed policy's own word on a fixed token sequence; generators are held to it."""
+    files: dict[str, dict[str, Any]]
+    """Path inside the round's folder -> {"sha256": hex, "bytes": int}."""
+
+
+class Ledger:
+    """One run folder, open for reading; for writing inside `lock()`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    # -- the run ---------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, root: Path, config: Config, info: dict[str, Any]) -> Ledger:
+        """A new run folder, or the existing one if it belongs to the same config.
+
+        Raises ConfigError with the differences if the folder holds another config's run.
+        """
+        ledger = cls(root)
+        if ledger.exists():
+            ledger.require_same(config)
+            return ledger
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            files.write_text(root / "config.yaml", config.to_yaml())
+            files.write_json(root / "run.json", {"schema_version": SCHEMA_VERSION, **info})
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir: the run folder {str(root)!r} cannot be written ({error.strerror}); choose another run.dir"
+            ) from error
+        return ledger
+
+    @classmethod
+    def open(cls, root: Path) -> Ledger:
+        """An existing run folder. Raises LedgerError if it is none, or of another schema version."""
+        ledger = cls(root)
+        if not ledger.exists():
+            raise LedgerError(f"{str(root)!r} is not a run folder (it has no run.json); give the folder of a run")
+        version = ledger.info().get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise LedgerError(
+                f"{str(root)!r} was written with ledger schema {version}, this version reads {SCHEMA_VERSION}"
+            )
+        return ledger
+
+    def exists(self) -> bool:
+        return (self.root / "run.json").exists()
+
+    def info(self) -> dict[str, Any]:
+        return files.read_json(self.root / "run.json")
+
+    def config(self) -> Config:
+        return Config.from_yaml(self.root / "config.yaml")
+
+    def require_same(self, config: Config) -> None:
+        """Raises ConfigError, listing the differences, unless `config` is the run's own (`ray` may differ)."""
+        mine, other = _flatten(self.config().identity()), _flatten(config.identity())
+        changed = [key for key in sorted(mine | other) if mine.get(key) != other.get(key)]
+        if changed:
+            lines = [f"  {key}: {mine.get(key)!r} there, {other.get(key)!r} now" for key in changed]
+            raise ConfigError(
+                f"run folder {str(self.root)!r} was made with another config:\n"
+                + "\n".join(lines)
+                + "\ngive the run another run.name, or `online-po resume` the old one"
+            )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the run folder for this process; a dead process holds nothing. Raises LedgerError if taken."""
+        owner = self.root / "lock.owner.json"
+        lock = FileLock(self.root / "lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            who = files.read_json(owner) if owner.exists() else {}
+            raise LedgerError(
+                f"run folder {str(self.root)!r} is in use by process {who.get('pid', '?')} on "
+                f"{who.get('host', '?')}; wait for it or stop it"
+            ) from error
+        try:
+            files.write_json(owner, {"pid": os.getpid(), "host": socket.gethostname()})
+            self._sweep()
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            lock.release()
+
+    def _sweep(self) -> None:
+        """Deletes what a killed process left half-written."""
+        for path in [*self.root.glob(f"*{files.TMP}"), *self.root.glob(f"rounds/**/*{files.TMP}")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    # -- rounds ----------------------------------------------------------------------------------
+
+    def round_dir(self, round_: int) -> Path:
+        return self.root / "rounds" / f"{round_:06d}"
+
+    def rounds(self) -> list[int]:
+        """Rounds that have a folder, committed or not, in order."""
+        return sorted(int(path.name) for path in (self.root / "rounds").glob("[0-9]*") if path.is_dir())
+
+    def last_committed(self) -> int | None:
+        """The newest round whose commit, and every commit before it, is there; None before round 0's."""
+        last = None
+        while self.commit_of(0 if last is None else last + 1) is not None:
+            last = 0 if last is None else last + 1
+        return last
+
+    def commit_of(self, round_: int) -> Commit | None:
+        path = self.round_dir(round_) / "COMMIT.json"
+        if not path.exists():
+            return None
+        record = files.read_json(path)
+        del record["schema_version"]  # the run's own, checked when it was opened
+        probe = Probe(
+            token_ids=tuple(record["probe"]["token_ids"]), token_logps=tuple(record["probe"]["token_logps"])
+        )
+        return Commit(**(record | {"probe": probe}))
+
+    def committed(self, round_: int) -> Commit:
+        commit = self.commit_of(round_)
+        if commit is None:
+            raise LedgerError(f"round {round_} of {str(self.root)!r} is not committed")
+        return commit
+
+    def commit(self, round_: int, *, is_adapter: bool, reference_round: int, probe: Probe) -> Commit:
+        """Makes the round durable: hashes its files and writes COMMIT.json last."""
+        folder = self.round_dir(round_)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Evaluation of the new policy comes after the commit and verifies itself.
+        paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("eval.")]
+        listing = {
+            str(path.relative_to(folder)): {"sha256": digest, "bytes": path.stat().st_size}
+            for path, digest in zip(paths, files.sha256(paths), strict=True)
+        }
+        commit = Commit(
+            round=round_, is_adapter=is_adapter, reference_round=reference_round, probe=probe, files=listing
+        )
+        record = {"schema_version": SCHEMA_VERSION, **asdict(commit)}
+        files.write_json(folder / "COMMIT.json", record)
+        return commit
+
+    def policy(self, round_: int, start: Path) -> Policy:
+        """The committed policy of a round (`start` is the folder of the starting model, version 0).
+
+        Raises LedgerError if its weights are no longer kept or do not match their hashes.
+        """
+        if round_ == 0:
+            return Policy(version=0, path=start)
+        self.verify(round_, "policy")
+        return Policy(
+            version=round_, path=self.round_dir(round_) / "policy", is_adapter=self.committed(round_).is_adapter
+        )
+
+    def verify(self, round_: int, part: str) -> None:
+        """Raises LedgerError unless the round's files under `part` are as they were committed."""
+        folder = self.round_dir(round_)
+        expected = {k: v for k, v in self.committed(round_).files.items() if k.split("/")[0] == part}
+        if not (folder / part).exists():
+            raise LedgerError(
+                f"round {round_} of {str(self.root)!r} has no {part} any more: run.keep_checkpoints removed it; "
+                "choose a newer round"
+            )
+        paths = [folder / name for name in expected]
+        missing = [str(path) for path in paths if not path.exists()]
+        if missing:
+            raise LedgerError(f"the ledger lacks committed files: {', '.join(missing)}")
+        for name, digest in zip(expected, files.sha256(paths), strict=True):
+            if digest != expected[name]["sha256"]:
+                raise LedgerError(f"{str(folder / name)!r} is damaged: its hash is not the committed one")
+
+    def prune(self, newest: int, keep: int | None, needed: int) -> None:
+        """Deletes weights and optimizer state of rounds older than the `keep` newest, but for `needed`
+        (the reference) whose policy stays."""
+        if keep is None:
+            return
+        for round_ in range(1, newest - keep + 1):
+            for name in WEIGHT_FOLDERS:
+                if not (name == "policy" and round_ == needed):
+                    shutil.rmtree(self.round_dir(round_) / name, ignore_errors=True)
+
+    @contextmanager
+    def weights(self, round_: int) -> Iterator[tuple[Path, Path]]:
+        """Gives (policy folder, trainer folder) to write to; both appear whole when the block ends."""
+        folder = self.round_dir(round_)
+        with (
+            files.atomic_folder(folder / "policy") as policy,
+            files.atomic_folder(folder / "trainer") as trainer,
+        ):
+            yield policy, trainer
+
+    # -- pieces of a round -----------------------------------------------------------------------
+
+    def write_prompts(self, round_: int, tables: Iterator[pa.Table], cursor: dict[str, Any]) -> None:
+        """The round's prompts in the order they are sampled, and the cursor's state after drawing them."""
+        schema = PROMPT_SCHEMA.with_metadata({"cursor": json.dumps(cursor)})
+        with files.parquet_writer(self.round_dir(round_) / "prompts.parquet", schema) as writer:
+            for table in tables:
+                writer.write_table(table.replace_schema_metadata(schema.metadata))
+
+    def prompts(self, round_: int) -> PromptRows | None:
+        """The prompts of a round; None if they were not drawn yet."""
+        table = self._read(self.round_dir(round_) / "prompts.parquet")
+        return None if table is None else PromptRows(table)
+
+    def cursor(self, round_: int) -> dict[str, Any]:
+        """The prompt cursor's state after drawing the round's prompts."""
+        metadata = pq.read_schema(self.round_dir(round_) / "prompts.parquet").metadata
+        return json.loads(metadata[b"cursor"])
+
+    def write_responses(self, round_: int, part: int, groups: Sequence[Group]) -> None:
+        files.write_parquet(self._part(round_, "responses", part), responses_to_table(groups))
+
+    def responses(self, round_: int, part: int, prompts: Sequence[Prompt]) -> list[Group] | None:
+        """The groups of one part, given the part's prompts; None if the part is not there whole."""
+        table = self._read(self._part(round_, "responses", part))
+        return None if table is None else table_to_groups(table, prompts)
+
+    def has_responses(self, round_: int, part: int) -> bool:
+        return self._part(round_, "responses", part).exists()
+
+    def write_judgements(self, round_: int, part: int, judgements: Sequence[Judgement]) -> None:
+        files.write_parquet(self._part(round_, "judgements", part), judgements_to_table(judgements))
+
+    def judgements(self, round_: int, part: int) -> list[Judgement] | None:
+        table = self._read(self._part(round_, "judgements", part))
+        return None if table is None else table_to_judgements(table)
+
+    @contextmanager
+    def pairs_writer(self, round_: int, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+        with files.parquet_writer(self.round_dir(round_) / "pairs.parquet", schema) as writer:
+            yield writer
+
+    def pairs(self, round_: int) -> pa.Table | None:
+        return self._read(self.round_dir(round_) / "pairs.parquet")
+
+    def has_pairs(self, round_: int) -> bool:
+        return (self.round_dir(round_) / "pairs.parquet").exists()
+
+    def discard_pairs(self, round_: int) -> None:
+        (self.round_dir(round_) / "pairs.parquet").unlink()
+
+    def write_logps(self, round_: int, kind: LogpKind, logps: dict[str, Any]) -> None:
+        table = pa.table({name: logps[name] for name in LOGP_SCHEMA.names}, schema=LOGP_SCHEMA)
+        files.write_parquet(self.round_dir(round_) / f"{kind}_logps.parquet", table)
+
+    def logps(self, round_: int, kind: LogpKind) -> dict[str, Any] | None:
+        """{"chosen": (N,), "rejected": (N,)} float32, one row a pair; None if not computed yet."""
+        table = self._read(self.round_dir(round_) / f"{kind}_logps.parquet")
+        return None if table is None else {name: table[name].to_numpy() for name in LOGP_SCHEMA.names}
+
+    def write_metrics(self, round_: int, rows: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        files.write_text(self.round_dir(round_) / "metrics.jsonl", text)
+
+    def write_evaluation(self, round_: int, table: pa.Table, summary: dict[str, Any]) -> None:
+        """eval.parquet, then eval.json, which makes the evaluation count."""
+        files.write_parquet(self.round_dir(round_) / "eval.parquet", table)
+        files.write_json(self.round_dir(round_) / "eval.json", summary)
+
+    def evaluation(self, round_: int) -> pa.Table | None:
+        """The evaluation of a round's policy; None if it was not made."""
+        if not (self.round_dir(round_) / "eval.json").exists():
+            return None
+        return self._read(self.round_dir(round_) / "eval.parquet")
+
+    def evaluation_summary(self, round_: int) -> dict[str, Any] | None:
+        path = self.round_dir(round_) / "eval.json"
+        return files.read_json(path) if path.exists() else None
+
+    def _part(self, round_: int, kind: str, part: int) -> Path:
+        return self.round_dir(round_) / kind / f"part-{part:05d}.parquet"
+
+    def _read(self, path: Path) -> pa.Table | None:
+        if not path.exists():
+            return None
+        try:
+            return files.read_parquet(path)
+        except (OSError, pa.ArrowException) as error:
+            raise LedgerError(
+                f"{str(path)!r} is damaged ({str(error).splitlines()[0]}); delete it and resume, it is made again"
+            ) from error
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat

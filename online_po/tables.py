@@ -1,0 +1,244 @@
+"""Arrow schemas of everything a run keeps, and the way between them and the records of `types`.
+
+Every column is plain Arrow, so any parquet reader opens these files. `pairs.parquet` reads as a
+conversational preference data set (prompt, chosen, rejected) in TRL and others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from online_po.types import Group, Judgement, JudgeFailure, Pair, Prompt, Response
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+PROMPT_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("prompt", MESSAGES),
+        ("text", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("metadata", pa.string()),  # JSON: columns of any type keep their shape
+    ]
+)
+
+RESPONSE_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("index", pa.int32()),
+        ("text", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("token_logps", pa.list_(pa.float32())),
+        ("finish_reason", pa.string()),
+        ("policy_version", pa.int32()),
+        ("seed", pa.int64()),
+    ]
+)
+
+JUDGEMENT_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("scores", pa.list_(pa.float64())),
+        ("rationales", pa.list_(pa.string())),
+        ("failure_kind", pa.string()),
+        ("failure_message", pa.string()),
+    ]
+)
+
+PAIR_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("prompt", MESSAGES),
+        ("chosen", MESSAGES),
+        ("rejected", MESSAGES),
+        ("chosen_score", pa.float64()),
+        ("rejected_score", pa.float64()),
+        ("margin", pa.float64()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("chosen_token_ids", pa.list_(pa.int32())),
+        ("rejected_token_ids", pa.list_(pa.int32())),
+        ("chosen_sampler_logp", pa.float64()),
+        ("rejected_sampler_logp", pa.float64()),
+        ("chosen_index", pa.int32()),
+        ("rejected_index", pa.int32()),
+        ("chosen_finish_reason", pa.string()),
+        ("rejected_finish_reason", pa.string()),
+        ("chosen_rationale", pa.string()),
+        ("rejected_rationale", pa.string()),
+        ("policy_version", pa.int32()),
+    ]
+)
+
+LOGP_SCHEMA = pa.schema([("chosen", pa.float32()), ("rejected", pa.float32())])
+
+EVAL_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("prompt", MESSAGES),
+        ("index", pa.int32()),
+        ("text", pa.string()),
+        ("score", pa.float64()),
+        ("tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("rationale", pa.string()),
+        ("failure", pa.string()),
+    ]
+)
+
+
+def _table(rows: Iterable[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
+    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
+    arrays = [pa.array(column, type=field.type) for column, field in zip(columns, schema, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def prompts_to_table(prompts: Iterable[Prompt]) -> pa.Table:
+    return _table(
+        (
+            (p.id, list(p.messages), p.text, p.token_ids, json.dumps(p.metadata, ensure_ascii=False))
+            for p in prompts
+        ),
+        PROMPT_SCHEMA,
+    )
+
+
+class PromptRows(Sequence[Prompt]):
+    """The rows of a PROMPT_SCHEMA table as prompts, each made when asked for."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table.combine_chunks()
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            assert step == 1, "prompts are read in order"
+            return self._read(start, stop - start)
+        return self._read(index, 1)[0]
+
+    def _read(self, start: int, length: int) -> list[Prompt]:
+        return [
+            Prompt(
+                id=row["prompt_id"],
+                messages=tuple(row["prompt"]),
+                text=row["text"],
+                token_ids=tuple(row["token_ids"]),
+                metadata=json.loads(row["metadata"]),
+            )
+            for row in self.table.slice(start, length).to_pylist()
+        ]
+
+
+def responses_to_table(groups: Iterable[Group]) -> pa.Table:
+    return _table(
+        (
+            (g.prompt.id, r.index, r.text, r.token_ids, r.token_logps, r.finish_reason, r.policy_version, r.seed)
+            for g in groups
+            for r in g.responses
+        ),
+        RESPONSE_SCHEMA,
+    )
+
+
+def table_to_groups(table: pa.Table, prompts: Sequence[Prompt]) -> list[Group]:
+    """Groups again, from the rows of one part and the prompts of that part, in the same order."""
+    columns = [table.column(name).to_pylist() for name in RESPONSE_SCHEMA.names]
+    responses: dict[str, list[Response]] = {p.id: [] for p in prompts}
+    for prompt_id, index, text, token_ids, token_logps, finish_reason, version, seed in zip(*columns, strict=True):
+        responses[prompt_id].append(
+            Response(
+                index=index,
+                text=text,
+                token_ids=tuple(token_ids),
+                token_logps=tuple(token_logps),
+                finish_reason=finish_reason,
+                policy_version=version,
+                seed=seed,
+            )
+        )
+    return [Group(prompt=p, responses=tuple(responses[p.id])) for p in prompts]
+
+
+def judgements_to_table(judgements: Iterable[Judgement]) -> pa.Table:
+    return _table(
+        (
+            (
+                j.prompt_id,
+                j.scores,
+                j.rationales,
+                j.failure.kind if j.failure else None,
+                j.failure.message if j.failure else None,
+            )
+            for j in judgements
+        ),
+        JUDGEMENT_SCHEMA,
+    )
+
+
+def table_to_judgements(table: pa.Table) -> list[Judgement]:
+    columns = [table.column(name).to_pylist() for name in JUDGEMENT_SCHEMA.names]
+    return [
+        Judgement(
+            prompt_id=prompt_id,
+            scores=None if scores is None else tuple(scores),
+            rationales=None if rationales is None else tuple(rationales),
+            failure=None if kind is None else JudgeFailure(kind=kind, message=message),
+        )
+        for prompt_id, scores, rationales, kind, message in zip(*columns, strict=True)
+    ]
+
+
+def pairs_to_table(pairs: Iterable[tuple[Pair, Judgement]]) -> pa.Table:
+    def rows() -> Iterator[tuple[Any, ...]]:
+        for pair, judgement in pairs:
+            chosen, rejected, notes = pair.chosen, pair.rejected, judgement.rationales
+            yield (
+                pair.prompt.id,
+                list(pair.prompt.messages),
+                [{"role": "assistant", "content": chosen.text}],
+                [{"role": "assistant", "content": rejected.text}],
+                pair.chosen_score,
+                pair.rejected_score,
+                pair.margin,
+                pair.prompt.token_ids,
+                chosen.token_ids,
+                rejected.token_ids,
+                sum(chosen.token_logps),
+                sum(rejected.token_logps),
+                chosen.index,
+                rejected.index,
+                chosen.finish_reason,
+                rejected.finish_reason,
+                notes[chosen.index] if notes else None,
+                notes[rejected.index] if notes else None,
+                chosen.policy_version,
+            )
+
+    return _table(rows(), PAIR_SCHEMA)
+
+
+def evaluation_to_table(groups: Sequence[Group], judgements: Sequence[Judgement]) -> pa.Table:
+    return _table(
+        (
+            (
+                g.prompt.id,
+                list(g.prompt.messages),
+                r.index,
+                r.text,
+                j.scores[r.index] if j.scores else None,
+                len(r.token_ids),
+                r.finish_reason,
+                j.rationales[r.index] if j.rationales else None,
+                f"{j.failure.kind}: {j.failure.message}" if j.failure else None,
+            )
+            for g, j in zip(groups, judgements, strict=True)
+            for r in g.responses
+        ),
+        EVAL_SCHEMA,
+    )

@@ -1,0 +1,187 @@
+"""Hand-written stand-ins for the loop's parts, against our own protocols: a whole run in milliseconds.
+
+The fake policy is one number, its `skill`. A response scores its own sampled value plus the skill of the
+policy that sampled it, and an update raises the skill by the pairs' mean margin: deterministic, and
+sensitive to everything that a wrong resume, sync or order would change.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from online_po.config import Config, SamplingConfig
+from online_po.errors import SyncError
+from online_po.types import Group, Judgement, Policy, Probe, Prompt, Request, Response, SyncReport
+
+
+def make_prompts(count: int) -> list[Prompt]:
+    return [
+        Prompt(
+            id=f"prompt-{i}",
+            messages=({"role": "user", "content": f"question {i}"},),
+            text=f"question {i}",
+            token_ids=(1, 2, 3 + i % 50),
+            metadata={"number": i},
+        )
+        for i in range(count)
+    ]
+
+
+def make_config(tmp_path: Path, **overrides: object) -> Config:
+    """A config of the fakes' size; overrides are `section__key=value`, or `section={...}` for all of it."""
+    data: dict = {
+        "run": {"name": "fake", "dir": str(tmp_path), "tensorboard": False},
+        "model": {"path": str(tmp_path)},
+        "prompts": {"path": "prompts.jsonl", "heldout_size": 4},
+        "loop": {"rounds": 3, "prompts_per_round": 8, "responses_per_prompt": 3},
+        "generator": {"chunk_prompts": 3, "max_tokens": 8},
+    }
+    for key, value in overrides.items():
+        section, _, name = key.partition("__")
+        if name:
+            data.setdefault(section, {})[name] = value
+        else:
+            data[section] = value
+    return Config.parse(data)
+
+
+def read_skill(policy: Policy) -> float:
+    return 0.0 if policy.version == 0 else json.loads((policy.path / "skill.json").read_text())
+
+
+class FakeGenerator:
+    def __init__(self) -> None:
+        self.skill: float | None = None
+        self.version = -1
+        self.log: list[tuple] = []
+        self.fail_after: int | None = None
+
+    def generate(
+        self, chunks: Iterable[tuple[int, Sequence[Request]]], sampling: SamplingConfig
+    ) -> Iterator[tuple[int, list[Group]]]:
+        assert self.skill is not None, "asked to generate before any sync"
+        for index, requests in chunks:
+            if self.fail_after is not None:
+                if self.fail_after == 0:
+                    raise KeyboardInterrupt
+                self.fail_after -= 1
+            self.log.append(("generate", index, self.version))
+            yield index, [self._group(request, sampling) for request in requests]
+
+    def _group(self, request: Request, sampling: SamplingConfig) -> Group:
+        responses = []
+        for index, seed in enumerate(request.seeds):
+            rng = random.Random(seed)
+            length = rng.randint(1, sampling.max_tokens)
+            value = rng.random() + self.skill
+            responses.append(
+                Response(
+                    index=index,
+                    text=f"{value:.9f}",
+                    token_ids=tuple(rng.choices(range(3, 60), k=length)),
+                    token_logps=(-1.0,) * length,
+                    finish_reason="length" if length == sampling.max_tokens else "stop",
+                    policy_version=self.version,
+                    seed=seed,
+                )
+            )
+        return Group(prompt=request.prompt, responses=tuple(responses))
+
+    def sync(self, policy: Policy, probe: Probe) -> list[SyncReport]:
+        self.skill, self.version = read_skill(policy), policy.version
+        self.log.append(("sync", policy.version))
+        if abs(probe.token_logps[0] - self.skill) > 1e-9:
+            raise SyncError(f"probe says {probe.token_logps[0]}, the generator holds {self.skill}")
+        return [SyncReport(replica=0, policy_version=policy.version, max_logp_error=0.0, seconds=0.0)]
+
+
+class FakeJudge:
+    """Scores a response by the number it says; `fails` maps prompt ids to a failure."""
+
+    def __init__(self) -> None:
+        self.fails: dict[str, object] = {}
+        self.judged: list[str] = []
+        self.tie = False
+
+    def submit(self, groups: Sequence[Group]) -> Future[list[Judgement]]:
+        future: Future[list[Judgement]] = Future()
+        future.set_result([self._judge(group) for group in groups])
+        return future
+
+    def _judge(self, group: Group) -> Judgement:
+        self.judged.append(group.prompt.id)
+        if failure := self.fails.get(group.prompt.id):
+            return Judgement(prompt_id=group.prompt.id, failure=failure)
+        scores = tuple(1.0 if self.tie else float(response.text) for response in group.responses)
+        return Judgement(prompt_id=group.prompt.id, scores=scores)
+
+
+class FakeLearner:
+    def __init__(self) -> None:
+        self.skill = 0.0
+        self.log: list[tuple] = []
+
+    def logps(self, pairs: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
+        self.log.append(("logps", policy.version))
+        rows = np.arange(pairs.num_rows)
+        for half in np.array_split(rows, 2):
+            value = np.full(len(half), read_skill(policy), dtype=np.float32)
+            yield {"row": half, "chosen": value, "rejected": -value}
+
+    def update(
+        self,
+        round_: int,
+        pairs: pa.Table,
+        reference_logps: dict[str, np.ndarray],
+        start_logps: dict[str, np.ndarray] | None,
+    ) -> Iterator[dict[str, float]]:
+        anchor = float(reference_logps["chosen"].mean())
+        for _ in range(2):
+            self.skill += float(np.mean(pairs["margin"].to_numpy())) + 0.1 * anchor
+            yield {"loss": -self.skill, "pairs": pairs.num_rows / 2, "learning_rate": 1.0}
+        self.log.append(("update", round_, start_logps is not None))
+
+    def token_logps(self, token_ids: Sequence[int]) -> list[float]:
+        return [self.skill] * (len(token_ids) - 1)
+
+    def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> None:
+        (policy_dir / "skill.json").write_text(json.dumps(self.skill))
+        (trainer_dir / "state.json").write_text(json.dumps({"round": round_}))
+
+    def load(self, policy: Policy, trainer_dir: Path) -> None:
+        assert json.loads((trainer_dir / "state.json").read_text()) == {"round": policy.version}
+        self.skill = read_skill(policy)
+        self.log.append(("load", policy.version))
+
+
+class FakeObserver:
+    def __init__(self) -> None:
+        self.phases: list[tuple[str, int]] = []
+        self.messages: list[str] = []
+
+    @contextmanager
+    def phase(self, name: str, round_: int) -> Iterator[None]:
+        self.phases.append((name, round_))
+        yield
+
+    def progress(self, name: str, done: int, total: int | None) -> None:
+        assert total is None or done <= total
+
+    def step(self, round_: int, metrics: dict[str, float]) -> None: ...
+
+    def round(self, summary: dict[str, object]) -> None: ...
+
+    def evaluation(self, summary: dict[str, object]) -> None: ...
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def close(self) -> None: ...

@@ -1,0 +1,174 @@
+"""The run folder: whole files, locks, hashes, refusals."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pyarrow as pa
+import pytest
+
+from online_po import files
+from online_po.errors import ConfigError, LedgerError
+from online_po.ledger import Ledger
+from online_po.tables import prompts_to_table
+from online_po.types import Group, Judgement, JudgeFailure, Probe, Response
+from tests.fakes import make_config, make_prompts
+
+PROBE = Probe(token_ids=(1, 2, 3), token_logps=(-0.5, -1.25))
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    config = make_config(tmp_path)
+    return Ledger.create(config.run_dir, config, {"model": {}})
+
+
+def write_round(ledger: Ledger, round_: int, reference_round: int = 0) -> None:
+    with ledger.weights(round_) as (policy, trainer):
+        (policy / "model.safetensors").write_bytes(bytes(range(100)))
+        (trainer / "state.json").write_text("{}")
+    ledger.commit(round_, is_adapter=False, reference_round=reference_round, probe=PROBE)
+
+
+def groups(count: int) -> list[Group]:
+    return [
+        Group(
+            prompt=prompt,
+            responses=tuple(
+                Response(
+                    index=i,
+                    text="a\nñ\x00 <|im_end|>",
+                    token_ids=(5, 6, 2)[: i + 1],
+                    token_logps=(-0.5, -0.25, -3.0)[: i + 1],
+                    finish_reason="stop",
+                    policy_version=3,
+                    seed=2**31 - 1,
+                )
+                for i in range(3)
+            ),
+        )
+        for prompt in make_prompts(count)
+    ]
+
+
+def test_records_come_back_as_they_were_written(ledger):
+    made = groups(4)
+    ledger.write_prompts(1, iter([prompts_to_table(g.prompt for g in made)]), {"epoch": 1})
+    ledger.write_responses(1, 0, made)
+    judgements = [
+        Judgement(prompt_id="prompt-0", scores=(0.5, 1.0, 0.0), rationales=("a", "b", "c")),
+        Judgement(prompt_id="prompt-1", failure=JudgeFailure(kind="timeout", message="slow")),
+        Judgement(prompt_id="prompt-2", scores=(1.0, 1.0, 1.0)),
+        Judgement(prompt_id="prompt-3", scores=(1.0, 0.1, 1e-9)),
+    ]
+    ledger.write_judgements(1, 0, judgements)
+    assert list(ledger.prompts(1)) == [g.prompt for g in made]
+    assert ledger.cursor(1) == {"epoch": 1}
+    assert ledger.responses(1, 0, ledger.prompts(1)[0:4]) == made
+    assert ledger.judgements(1, 0) == judgements
+    assert ledger.responses(1, 1, []) is None
+
+
+def test_commits_count_only_in_an_unbroken_row(ledger):
+    assert ledger.last_committed() is None
+    ledger.commit(0, is_adapter=False, reference_round=0, probe=PROBE)
+    write_round(ledger, 1)
+    write_round(ledger, 3)
+    assert ledger.last_committed() == 1
+    assert ledger.committed(1).probe == PROBE
+    assert set(ledger.committed(1).files) == {"policy/model.safetensors", "trainer/state.json"}
+    with pytest.raises(LedgerError, match="round 2 .* not committed"):
+        ledger.committed(2)
+
+
+def test_a_flipped_byte_in_weights_is_found_and_named(ledger, tmp_path):
+    write_round(ledger, 1)
+    path = ledger.round_dir(1) / "policy" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[50] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(LedgerError, match=r"model.safetensors' is damaged"):
+        ledger.policy(1, tmp_path)
+    path.unlink()
+    with pytest.raises(LedgerError, match=r"lacks committed files: .*model.safetensors"):
+        ledger.policy(1, tmp_path)
+
+
+def test_a_flipped_byte_in_a_part_is_found(ledger):
+    ledger.write_responses(1, 0, groups(50))
+    path = ledger.round_dir(1) / "responses" / "part-00000.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(LedgerError, match="part-00000.parquet' is damaged"):
+        ledger.responses(1, 0, [g.prompt for g in groups(50)])
+
+
+def test_a_file_is_whole_or_not_there(ledger):
+    path = ledger.root / "x.json"
+    with pytest.raises(RuntimeError), files.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert not path.exists() and not list(ledger.root.glob("x.json*"))
+    files.write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError), files.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert files.read_json(path) == {"a": 1}
+    with pytest.raises(ValueError, match="nan"), files.parquet_writer(ledger.root / "t.parquet", pa.schema([])):
+        raise ValueError("nan")
+    assert not (ledger.root / "t.parquet").exists()
+
+
+def test_leftovers_of_a_killed_process_are_swept_under_the_lock(ledger):
+    half = ledger.round_dir(1) / "responses" / f"part-00000.parquet{files.TMP}"
+    half.parent.mkdir(parents=True)
+    half.write_text("half")
+    folder = ledger.round_dir(1) / f"policy{files.TMP}"
+    folder.mkdir()
+    with ledger.lock():
+        assert not half.exists() and not folder.exists()
+
+
+def _hold(root, ready):
+    with Ledger(root).lock():
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_run_folder_in_use_is_refused_and_a_dead_process_holds_nothing(ledger):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=_hold, args=(ledger.root, ready))
+    process.start()
+    assert ready.wait(30)
+    with pytest.raises(LedgerError, match=rf"in use by process {process.pid} on"), ledger.lock():
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with ledger.lock():
+        pass
+
+
+def test_another_config_is_refused_with_the_difference(ledger, tmp_path):
+    assert Ledger.create(ledger.root, make_config(tmp_path, ray={"judge_cpus": 1.0}), {}).exists()
+    with pytest.raises(ConfigError, match=r"loop.rounds: 3 there, 4 now"):
+        Ledger.create(ledger.root, make_config(tmp_path, loop__rounds=4), {})
+
+
+def test_folders_that_are_no_run(ledger, tmp_path):
+    with pytest.raises(LedgerError, match="is not a run folder"):
+        Ledger.open(tmp_path / "nothing")
+    files.write_json(ledger.root / "run.json", {"schema_version": 99})
+    with pytest.raises(LedgerError, match="schema 99, this version reads 1"):
+        Ledger.open(ledger.root)
+
+
+def test_an_unwritable_run_dir_is_a_config_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = make_config(tmp_path / "file")
+    with pytest.raises(ConfigError, match="run.dir: the run folder .* cannot be written"):
+        Ledger.create(config.run_dir, config, {})
