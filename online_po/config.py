@@ -63,9 +63,7 @@ class PromptsConfig(Section):
     )
     subset: str | None = Field(None, description="Configuration name of the data set.")
     split: str = Field("train", description="Split of the data set.")
-    column: str = Field(
-        "prompt", description="Column with the prompt: text, or a list of {role, content} messages."
-    )
+    column: str = Field("prompt", description="Column with the prompt: text, or a list of {role, content} messages.")
     system: str | None = Field(
         None, description="System prompt put in front of prompts that do not begin with a system message."
     )
@@ -117,7 +115,9 @@ class SamplingConfig(Section):
     temperature: float = Field(1.0, ge=0, le=10, description="Softmax temperature; 0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass.")
     top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 keeps all.")
-    min_p: float = Field(0.0, ge=0, lt=1, description="Drop tokens below this share of the likeliest one's probability.")
+    min_p: float = Field(
+        0.0, ge=0, lt=1, description="Drop tokens below this share of the likeliest one's probability."
+    )
     repetition_penalty: float = Field(1.0, gt=0, le=10, description="Above 1 discourages tokens already seen.")
     stop: tuple[str, ...] = Field((), description="Strings that end a response.")
     max_tokens: int = Field(512, ge=1, description="Response length limit, in tokens.")

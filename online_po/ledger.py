@@ -165,9 +165,7 @@ class Ledger:
             return None
         record = files.read_json(path)
         del record["schema_version"]  # the run's own, checked when it was opened
-        probe = Probe(
-            token_ids=tuple(record["probe"]["token_ids"]), token_logps=tuple(record["probe"]["token_logps"])
-        )
+        probe = Probe(token_ids=tuple(record["probe"]["token_ids"]), token_logps=tuple(record["probe"]["token_logps"]))
         return Commit(**(record | {"probe": probe}))
 
     def committed(self, round_: int) -> Commit:
@@ -251,10 +249,11 @@ class Ledger:
             for table in tables:
                 writer.write_table(table.replace_schema_metadata(schema.metadata))
 
-    def prompts(self, round_: int) -> PromptRows | None:
-        """The prompts of a round; None if they were not drawn yet."""
-        table = self._read(self.round_dir(round_) / "prompts.parquet")
-        return None if table is None else PromptRows(table)
+    def has_prompts(self, round_: int) -> bool:
+        return (self.round_dir(round_) / "prompts.parquet").exists()
+
+    def prompts(self, round_: int) -> PromptRows:
+        return PromptRows(self._read(self.round_dir(round_) / "prompts.parquet"))
 
     def cursor(self, round_: int) -> dict[str, Any]:
         """The prompt cursor's state after drawing the round's prompts."""
@@ -264,27 +263,28 @@ class Ledger:
     def write_responses(self, round_: int, part: int, groups: Sequence[Group]) -> None:
         files.write_parquet(self._part(round_, "responses", part), responses_to_table(groups))
 
-    def responses(self, round_: int, part: int, prompts: Sequence[Prompt]) -> list[Group] | None:
-        """The groups of one part, given the part's prompts; None if the part is not there whole."""
-        table = self._read(self._part(round_, "responses", part))
-        return None if table is None else table_to_groups(table, prompts)
-
     def has_responses(self, round_: int, part: int) -> bool:
         return self._part(round_, "responses", part).exists()
+
+    def responses(self, round_: int, part: int, prompts: Sequence[Prompt]) -> list[Group]:
+        """The groups of one part, given the part's prompts."""
+        return table_to_groups(self._read(self._part(round_, "responses", part)), prompts)
 
     def write_judgements(self, round_: int, part: int, judgements: Sequence[Judgement]) -> None:
         files.write_parquet(self._part(round_, "judgements", part), judgements_to_table(judgements))
 
-    def judgements(self, round_: int, part: int) -> list[Judgement] | None:
-        table = self._read(self._part(round_, "judgements", part))
-        return None if table is None else table_to_judgements(table)
+    def has_judgements(self, round_: int, part: int) -> bool:
+        return self._part(round_, "judgements", part).exists()
+
+    def judgements(self, round_: int, part: int) -> list[Judgement]:
+        return table_to_judgements(self._read(self._part(round_, "judgements", part)))
 
     @contextmanager
     def pairs_writer(self, round_: int, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
         with files.parquet_writer(self.round_dir(round_) / "pairs.parquet", schema) as writer:
             yield writer
 
-    def pairs(self, round_: int) -> pa.Table | None:
+    def pairs(self, round_: int) -> pa.Table:
         return self._read(self.round_dir(round_) / "pairs.parquet")
 
     def has_pairs(self, round_: int) -> bool:
@@ -299,12 +299,20 @@ class Ledger:
 
     def logps(self, round_: int, kind: LogpKind) -> dict[str, Any] | None:
         """{"chosen": (N,), "rejected": (N,)} float32, one row a pair; None if not computed yet."""
-        table = self._read(self.round_dir(round_) / f"{kind}_logps.parquet")
-        return None if table is None else {name: table[name].to_numpy() for name in LOGP_SCHEMA.names}
+        path = self.round_dir(round_) / f"{kind}_logps.parquet"
+        if not path.exists():
+            return None
+        table = self._read(path)
+        return {name: table[name].to_numpy() for name in LOGP_SCHEMA.names}
 
     def write_metrics(self, round_: int, rows: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         files.write_text(self.round_dir(round_) / "metrics.jsonl", text)
+
+    def steps_committed(self) -> int:
+        """Optimizer steps of all committed rounds."""
+        files_ = (self.round_dir(r) / "metrics.jsonl" for r in range(1, (self.last_committed() or 0) + 1))
+        return sum(json.loads(line)["kind"] == "step" for path in files_ for line in path.open(encoding="utf-8"))
 
     def write_evaluation(self, round_: int, table: pa.Table, summary: dict[str, Any]) -> None:
         """eval.parquet, then eval.json, which makes the evaluation count."""
@@ -324,12 +332,10 @@ class Ledger:
     def _part(self, round_: int, kind: str, part: int) -> Path:
         return self.round_dir(round_) / kind / f"part-{part:05d}.parquet"
 
-    def _read(self, path: Path) -> pa.Table | None:
-        if not path.exists():
-            return None
+    def _read(self, path: Path) -> pa.Table:
         try:
             return files.read_parquet(path)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException) as error:  # Arrow raises OSError for a wrong checksum
             raise LedgerError(
                 f"{str(path)!r} is damaged ({str(error).splitlines()[0]}); delete it and resume, it is made again"
             ) from error

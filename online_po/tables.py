@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from online_po.types import Group, Judgement, JudgeFailure, Pair, Prompt, Response
+from online_po.types import Group, JudgeFailure, Judgement, Pair, Prompt, Response
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
@@ -98,10 +98,7 @@ def _table(rows: Iterable[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
 
 def prompts_to_table(prompts: Iterable[Prompt]) -> pa.Table:
     return _table(
-        (
-            (p.id, list(p.messages), p.text, p.token_ids, json.dumps(p.metadata, ensure_ascii=False))
-            for p in prompts
-        ),
+        ((p.id, list(p.messages), p.text, p.token_ids, json.dumps(p.metadata, ensure_ascii=False)) for p in prompts),
         PROMPT_SCHEMA,
     )
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from online_po.config import Config, SamplingConfig
 from online_po.errors import SyncError
-from online_po.types import Group, Judgement, Policy, Probe, Prompt, Request, Response, SyncReport
+from online_po.types import Group, JudgeFailure, Judgement, Policy, Probe, Prompt, Request, Response, SyncReport
 
 
 def make_prompts(count: int) -> list[Prompt]:
@@ -81,7 +81,7 @@ class FakeGenerator:
         for index, seed in enumerate(request.seeds):
             rng = random.Random(seed)
             length = rng.randint(1, sampling.max_tokens)
-            value = rng.random() + self.skill
+            value = rng.random() + (self.skill or 0.0)
             responses.append(
                 Response(
                     index=index,
@@ -107,7 +107,7 @@ class FakeJudge:
     """Scores a response by the number it says; `fails` maps prompt ids to a failure."""
 
     def __init__(self) -> None:
-        self.fails: dict[str, object] = {}
+        self.fails: dict[str, JudgeFailure] = {}
         self.judged: list[str] = []
         self.tie = False
 

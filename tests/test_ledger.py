@@ -14,7 +14,7 @@ from online_po import files
 from online_po.errors import ConfigError, LedgerError
 from online_po.ledger import Ledger
 from online_po.tables import prompts_to_table
-from online_po.types import Group, Judgement, JudgeFailure, Probe, Response
+from online_po.types import Group, JudgeFailure, Judgement, Probe, Response
 from tests.fakes import make_config, make_prompts
 
 PROBE = Probe(token_ids=(1, 2, 3), token_logps=(-0.5, -1.25))
@@ -69,7 +69,8 @@ def test_records_come_back_as_they_were_written(ledger):
     assert ledger.cursor(1) == {"epoch": 1}
     assert ledger.responses(1, 0, ledger.prompts(1)[0:4]) == made
     assert ledger.judgements(1, 0) == judgements
-    assert ledger.responses(1, 1, []) is None
+    assert ledger.has_responses(1, 0) and not ledger.has_responses(1, 1)
+    assert ledger.has_judgements(1, 0) and not ledger.has_judgements(1, 1)
 
 
 def test_commits_count_only_in_an_unbroken_row(ledger):
