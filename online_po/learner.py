@@ -1,0 +1,414 @@
+"""The learner: one rank of it, with or without others. Pairs in, metrics and weights out; no Ray.
+
+Ranks come from torch.distributed if the process is part of a group, else there is one. Every rank is given
+the same calls with the same arguments; rank 0 reads and writes files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from online_po import policy_model
+from online_po.batching import MicroBatch, PairTokens, collate, epoch_order, global_batches, rank_plans
+from online_po.config import LearnerConfig, LossConfig, ModelConfig
+from online_po.errors import ConfigError, OnlinePOError
+from online_po.logps import LogpModel, require_known_head
+from online_po.losses import LossInputs, pair_losses
+from online_po.schedule import learning_rate, run_progress
+from online_po.seeds import stable_seed
+from online_po.types import Policy
+
+STATE_VERSION = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# Sums over pairs, in this order; two more follow: pairs of the step, and pairs whose margin is above zero.
+PAIR_SUMS = (
+    "loss",
+    "margin",
+    "chosen_reward",
+    "rejected_reward",
+    "chosen_logps",
+    "rejected_logps",
+    "kl_reference",
+    "kl_start",
+    "accuracy",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundLogps:
+    """Fixed logps of a round's pairs: {"chosen": (N,), "rejected": (N,)} float32, summed over response tokens."""
+
+    reference: dict[str, np.ndarray]
+    start: dict[str, np.ndarray] | None
+
+
+class TorchLearner:
+    """Implements `online_po.protocols.Learner` for one rank.
+
+    Raises ConfigError where the model cannot be loaded or used, or `learner.ranks` is not the size of the
+    process group. `rounds` is the length of the run, for the learning rate.
+    """
+
+    def __init__(self, model: ModelConfig, learner: LearnerConfig, loss: LossConfig, *, seed: int, rounds: int) -> None:
+        self.model_config, self.config, self.loss = model, learner, loss
+        self.seed, self.rounds = seed, rounds
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if self.ranks != learner.ranks:
+            raise ConfigError(f"learner.ranks is {learner.ranks}, but this process is one of {self.ranks}; make them equal")
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        self.param_dtype: torch.dtype = getattr(torch, learner.param_dtype)
+        self.compute_dtype: torch.dtype = getattr(torch, learner.compute_dtype)
+        self.model, self.scorer = self._build()
+        self.optimizer = self._build_optimizer()
+        self.version: int | None = 0
+        """The policy version whose weights are held; None between an optimizer step and the next save."""
+        if self.rank == 0:
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"model.path is {model.path!r}, which has no tokenizer that loads: {error}") from error
+
+    # -- construction ------------------------------------------------------------------------------
+
+    def _build(self) -> tuple[PreTrainedModel | PeftModel, LogpModel]:
+        """(the model as it is saved, the module that is called)."""
+        config = self.model_config
+        causal_lm: PreTrainedModel
+        if self.rank == 0:
+            causal_lm = policy_model.load_causal_lm(config, self.param_dtype)
+            require_known_head(causal_lm, config.path)
+        else:
+            causal_lm = policy_model.empty_causal_lm(config, self.param_dtype)
+        layers = policy_model.decoder_layers(causal_lm)
+        model: PreTrainedModel | PeftModel = causal_lm
+        if self.config.lora is not None:
+            model = policy_model.add_adapters(causal_lm, self.config.lora, config.path, self.seed)
+        if self.config.gradient_checkpointing:
+            policy_model.checkpoint_activations(layers)
+        scorer = LogpModel(causal_lm)
+        if self.ranks == 1:
+            return model.to(self.device), scorer.to(self.device)
+        whole = None
+        if self.rank == 0:
+            whole = {name: t.detach() for name, t in [*scorer.named_parameters(), *scorer.named_buffers()]}
+        mesh = init_device_mesh(self.device.type, (self.ranks,))
+        policy_model.shard(scorer, layers, mesh, self.compute_dtype, whole)
+        return model, scorer
+
+    def _build_optimizer(self) -> torch.optim.AdamW:
+        """AdamW; biases and norm weights (fewer than two dimensions) do not decay."""
+        trained = self._trained().values()
+        return torch.optim.AdamW(
+            [
+                {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.config.weight_decay},
+                {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=self.config.learning_rate,
+            betas=self.config.betas,
+            eps=self.config.eps,
+            fused=True,
+        )
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    # -- forward -----------------------------------------------------------------------------------
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        # Several ranks: FSDP casts each layer's weights as it gathers them.
+        if self.ranks > 1 or self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def _score(self, batch: MicroBatch, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """((2m,) summed response logps, (S,) token logps, (S,) entropies or (0,)), float32."""
+        arrays = (batch.input_ids, batch.positions, batch.targets)
+        ids, positions, targets = (torch.from_numpy(array).to(self.device) for array in arrays)
+        with self._autocast():
+            token_logps, entropies = self.scorer(ids, positions, targets, with_entropy)
+        sums = [part.sum() for part in token_logps.split(batch.lengths)] if batch.lengths else []
+        return torch.stack(sums) if sums else token_logps.new_zeros(0), token_logps, entropies
+
+    def logps(self, pairs: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
+        """See `online_po.protocols.Learner.logps`. Batches come longest pairs first, the same on every rank."""
+        tokens = PairTokens(pairs)
+        plans = rank_plans(np.arange(len(tokens)), tokens.widths, self.ranks, self.config.micro_batch_tokens)
+        with self._holding(policy):
+            for shares in zip(*plans, strict=True):
+                rows = np.concatenate(shares)
+                mine = shares[self.rank]
+                before = sum(len(share) for share in shares[: self.rank])
+                with torch.no_grad():
+                    sums, _, _ = self._score(collate(tokens, mine), with_entropy=False)
+                    found = torch.zeros(2, len(rows), device=self.device)
+                    found[:, before : before + len(mine)] = sums.view(2, -1)
+                    self._sum_over_ranks(found)
+                chosen, rejected = found.cpu().numpy()
+                yield {"row": rows, "chosen": chosen, "rejected": rejected}
+
+    @torch.no_grad()
+    def token_logps(self, token_ids: Sequence[int]) -> list[float]:
+        """(T,) token ids -> (T - 1,) logps in nats of token_ids[1:] under the current weights."""
+        ids = np.asarray(token_ids, dtype=np.int64)
+        batch = MicroBatch(
+            input_ids=ids[None], positions=np.arange(len(ids) - 1), targets=ids[1:], lengths=[len(ids) - 1]
+        )
+        _, token_logps, _ = self._score(batch, with_entropy=False)
+        self._reshard()
+        return token_logps.tolist()
+
+    def _sum_over_ranks(self, tensor: Tensor) -> None:
+        if self.ranks > 1:
+            dist.all_reduce(tensor)
+
+    def _reshard(self) -> None:
+        """After forwards without a backward FSDP still holds the root's gathered weights, and would go on using
+        them whatever is written to the shards."""
+        if isinstance(self.scorer, FSDPModule):
+            self.scorer.reshard()
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def update(
+        self,
+        round_: int,
+        pairs: pa.Table,
+        reference_logps: dict[str, np.ndarray],
+        start_logps: dict[str, np.ndarray] | None,
+    ) -> Iterator[dict[str, float]]:
+        """See `online_po.protocols.Learner.update`. Metrics of a step, over all ranks, padding never counted:
+
+        loss; accuracy: share of pairs whose chosen response has the higher implicit reward; margin, chosen_reward,
+        rejected_reward: implicit rewards beta * log(pi / reference); chosen_logps, rejected_logps: summed over
+        tokens; all means over pairs. kl_reference, kl_start: the k1 estimator, mean over both responses of every
+        pair of the summed log(pi / other) (an estimate of KL(pi, other) in nats a response as long as responses
+        come from a policy close to pi). entropy: mean over response tokens, nats. grad_norm: before clipping.
+        learning_rate. pairs, tokens: pairs and response tokens of the step. seconds.
+
+        Raises OnlinePOError, with the step not applied, where loss or gradients are not finite.
+        """
+        tokens = PairTokens(pairs)
+        known = RoundLogps(reference=reference_logps, start=start_logps)
+        steps = self.config.epochs * math.ceil(len(tokens) / self.config.global_batch_size)
+        step = 0
+        self.version = None
+        for epoch in range(self.config.epochs):
+            order = epoch_order(len(tokens), self.seed, round_, epoch)
+            for rows in global_batches(order, self.config.global_batch_size):
+                rate = learning_rate(self.config, run_progress(round_, step, steps, self.rounds))
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                where = f"round {round_}, step {step + 1} of {steps}"
+                with self._lora_dropout(round_, step):
+                    metrics = self._step(tokens, rows, known, where)
+                yield metrics | {"learning_rate": rate}
+                step += 1
+
+    def _step(self, tokens: PairTokens, rows: np.ndarray, known: RoundLogps, where: str) -> dict[str, float]:
+        began = time.perf_counter()
+        plan = rank_plans(rows, tokens.widths, self.ranks, self.config.micro_batch_tokens)[self.rank]
+        sums = torch.zeros(len(PAIR_SUMS) + 2, dtype=torch.float64, device=self.device)
+        for share in plan:
+            sums += self._accumulate(tokens, share, known, pairs_in_step=len(rows))
+        self._sum_over_ranks(sums)
+        *pair_sums, entropy, response_tokens = sums.tolist()
+        metrics = {name: value / len(rows) for name, value in zip(PAIR_SUMS, pair_sums, strict=True)}
+        if known.start is None:
+            del metrics["kl_start"]
+        metrics["entropy"] = entropy / max(1.0, response_tokens)
+        metrics["grad_norm"] = self._clip()
+        self._require_finite(metrics, where)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        counts = {"pairs": float(len(rows)), "tokens": response_tokens}
+        return metrics | counts | {"seconds": time.perf_counter() - began}
+
+    def _accumulate(self, tokens: PairTokens, rows: np.ndarray, known: RoundLogps, pairs_in_step: int) -> Tensor:
+        """Forward and backward of one micro-batch; returns float64 sums: PAIR_SUMS, entropies, response tokens."""
+        batch = collate(tokens, rows)
+        sums, token_logps, entropies = self._score(batch, with_entropy=True)
+        if len(rows) == 0:
+            (token_logps.sum() * 0.0).backward()
+            return torch.zeros(len(PAIR_SUMS) + 2, dtype=torch.float64, device=self.device)
+        chosen, rejected = sums.view(2, -1)  # (m,) each
+        reference = self._known(known.reference, rows)
+        inputs = LossInputs(
+            chosen_logps=chosen,
+            rejected_logps=rejected,
+            reference_chosen_logps=reference[0],
+            reference_rejected_logps=reference[1],
+        )
+        losses = pair_losses(self.loss, inputs)
+        (losses.sum() / pairs_in_step).backward()
+        with torch.no_grad():
+            logps = torch.stack([chosen, rejected]).double()  # (2, m)
+            start = torch.zeros_like(logps) if known.start is None else self._known(known.start, rows).double()
+            rewards = self.loss.beta * (logps - reference.double())
+            columns = {
+                "loss": losses,
+                "margin": rewards[0] - rewards[1],
+                "chosen_reward": rewards[0],
+                "rejected_reward": rewards[1],
+                "chosen_logps": logps[0],
+                "rejected_logps": logps[1],
+                "kl_reference": (logps - reference).mean(0),
+                "kl_start": (logps - start).mean(0),
+                "accuracy": rewards[0] > rewards[1],
+            }
+            totals = [columns[name].double().sum() for name in PAIR_SUMS]
+            count = torch.tensor(float(len(batch.targets)), dtype=torch.float64, device=self.device)
+            return torch.stack([*totals, entropies.double().sum(), count])
+
+    def _known(self, logps: dict[str, np.ndarray], rows: np.ndarray) -> Tensor:
+        """(2, m) float32 of the pairs' fixed logps, chosen and rejected."""
+        return torch.from_numpy(np.stack([logps["chosen"][rows], logps["rejected"][rows]])).float().to(self.device)
+
+    def _clip(self) -> float:
+        """Scales all gradients so that their norm is at most `max_grad_norm`; returns the norm before."""
+        gradients = [p.grad for p in self._trained().values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        total = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        if total > self.config.max_grad_norm:
+            parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+            torch._foreach_mul_(parts, self.config.max_grad_norm / total)
+        return total
+
+    def _require_finite(self, metrics: dict[str, float], where: str) -> None:
+        bad = {name: metrics[name] for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])}
+        if bad:
+            self.optimizer.zero_grad()
+            seen = ", ".join(f"{name} is {value}" for name, value in bad.items())
+            raise OnlinePOError(
+                f"{where}: {seen} (mean chosen logp {metrics['chosen_logps']:.4g}, rejected {metrics['rejected_logps']:.4g}); "
+                "the step was not applied. Lower learner.learning_rate or learner.max_grad_norm, raise "
+                "learner.warmup_ratio, or use learner.compute_dtype: float32"
+            )
+
+    @contextmanager
+    def _lora_dropout(self, round_: int, step: int) -> Iterator[None]:
+        """LoRA dropout for one step, drawn from (run seed, round, step, rank). The model's own stays off."""
+        if self.config.lora is None or self.config.lora.dropout == 0:
+            yield
+            return
+        dropouts = [m for name, m in self.model.named_modules() if isinstance(m, nn.Dropout) and ".lora_dropout." in name]
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(stable_seed(self.seed, "dropout", round_, step, self.rank))
+            for dropout in dropouts:
+                dropout.train()
+            try:
+                yield
+            finally:
+                for dropout in dropouts:
+                    dropout.eval()
+
+    # -- weights -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _holding(self, policy: Policy) -> Iterator[None]:
+        """Inside the block the model has the policy's weights; afterwards its own again, bit for bit."""
+        if policy.version == self.version:
+            yield
+            self._reshard()
+            return
+        tensors = policy_model.policy_tensors(self.model)
+        kept = {name: _local(tensor).detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        try:
+            self._take(policy)
+            yield
+        finally:
+            self._reshard()
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    _local(tensor).copy_(kept[name])
+
+    def _take(self, policy: Policy) -> None:
+        """Writes a committed policy's weights into the model."""
+        self._reshard()
+        tensors = policy_model.policy_tensors(self.model)
+        whole: dict[str, Tensor] | None = None
+        if self.rank == 0:
+            if self.config.lora is not None and policy.version == 0:
+                # The starting model is the base: adapters that are zero add exactly nothing.
+                whole = {name: torch.zeros(tensor.shape) for name, tensor in tensors.items()}
+            else:
+                path = Path(self.model_config.path) if policy.version == 0 else policy.path
+                whole = policy_model.read_policy(path, self.model_config, self.param_dtype, policy.is_adapter)
+            if whole.keys() != tensors.keys():
+                odd = ", ".join(sorted(whole.keys() ^ tensors.keys())[:3])
+                raise OnlinePOError(
+                    f"the policy in {str(policy.path)!r} is not one of this run: it differs in {odd}; give the run its own "
+                    "folder, made with the same learner.lora"
+                )
+        for name, tensor in tensors.items():
+            policy_model.spread(whole[name] if whole is not None else None, tensor)
+
+    def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> None:
+        """See `online_po.protocols.Learner.save`. The trainer folder does not depend on the number of ranks."""
+        whole = {name: policy_model.gather(t) for name, t in policy_model.policy_tensors(self.model).items()}
+        moments: dict[str, Tensor] = {}
+        for name, parameter in self._trained().items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                moments[f"{name}/{key}"] = policy_model.gather(value)
+        if self.rank == 0:
+            policy_model.write_policy(policy_dir, self.model, whole)
+            if self.config.lora is None:
+                self.tokenizer.save_pretrained(policy_dir)
+            trainer_dir.mkdir(parents=True, exist_ok=True)
+            save_file(moments, trainer_dir / "optimizer.safetensors")
+            state = {"format": STATE_VERSION, "version": round_, "torch": torch.__version__}
+            (trainer_dir / "trainer.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        self._barrier()
+        self.version = round_
+
+    def load(self, policy: Policy, trainer_dir: Path) -> None:
+        """See `online_po.protocols.Learner.load`. Raises OnlinePOError if the two folders are not of one round."""
+        state = json.loads((trainer_dir / "trainer.json").read_text(encoding="utf-8"))
+        if state["format"] != STATE_VERSION or state["version"] != policy.version:
+            raise OnlinePOError(
+                f"{str(trainer_dir)!r} holds the trainer state of policy version {state['version']} (format "
+                f"{state['format']}), not of {policy.version} (format {STATE_VERSION}); give the folders of one round"
+            )
+        self._take(policy)
+        stored = load_file(trainer_dir / "optimizer.safetensors")
+        self.optimizer.state.clear()
+        for name, parameter in self._trained().items():
+            if f"{name}/step" not in stored:
+                continue
+            fresh = {"step": stored[f"{name}/step"].to(self.device)}
+            for key in MOMENTS:
+                fresh[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                policy_model.spread(stored[f"{name}/{key}"] if self.rank == 0 else None, fresh[key])
+            self.optimizer.state[parameter] = fresh
+        self.version = policy.version
+
+    def _barrier(self) -> None:
+        if self.ranks > 1:
+            dist.barrier()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

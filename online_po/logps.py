@@ -1,0 +1,90 @@
+"""Log-probabilities of response tokens. Logits of a whole batch never exist at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, PreTrainedModel
+
+from online_po.errors import ConfigError
+
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
+"""Float32 logits that may exist at once: 64 MiB on a CPU, where larger ones cost page faults; 512 MiB on a GPU."""
+
+
+class LogpModel(nn.Module):
+    """A causal LM that answers with the logps of chosen tokens instead of logits.
+
+    The head runs in chunks of tokens and again in backward, so memory grows with the hidden size, not with
+    the vocabulary. Backbone and head are called inside one forward: FSDP's root hooks see both.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, targets: Tensor, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`input_ids` (B, T), padded on the right; `positions` (S,) places in the flattened (B * T,) sequences;
+        `targets` (S,) the tokens that follow those places.
+
+        Returns (S,) float32 logps of the targets and (S,) float32 entropies of the distributions they were drawn
+        from, both in nats; entropies carry no gradient, and are empty (0,) unless asked for.
+        """
+        # No attention mask: attention is causal and padding is on the right, so no real token sees padding,
+        # and without a mask sdpa takes its fast causal path. Position ids default to 0..T-1.
+        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
+        hidden = hidden.flatten(0, 1).index_select(0, positions)  # (S, D)
+        chunk = max(1, CHUNK_LOGITS[hidden.device.type] // self.model.config.get_text_config().vocab_size)
+        entropies: list[Tensor] = []
+        logps = [
+            checkpoint(self._chunk_logps, h, t, entropies if with_entropy else None, use_reentrant=False)
+            for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        ]
+        return torch.cat(logps), torch.cat(entropies) if with_entropy else targets.new_empty(0, dtype=torch.float32)
+
+    def _chunk_logps(self, hidden: Tensor, targets: Tensor, entropies: list[Tensor] | None) -> Tensor:
+        """(C, D), (C,) -> (C,) logps; puts (C,) entropies into the list."""
+        logps = torch.log_softmax(logits_of(self.model, hidden), dim=-1)  # (C, V) float32
+        chosen = logps.gather(1, targets[:, None]).squeeze(1)
+        # Backward's recomputation stops at the last tensor it needs, which lies before this: entropies are
+        # computed once.
+        if entropies is not None:
+            with torch.no_grad():
+                entropies.append(-(logps.exp() * logps).sum(-1))
+        return chosen
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """(C, D) final hidden states -> (C, V) float32 logits, scaled and capped as the model's config says."""
+    logits = model.get_output_embeddings()(hidden).float()
+    config: PretrainedConfig = model.config.get_text_config()
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * factor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+@torch.no_grad()
+def require_known_head(model: PreTrainedModel, name: str) -> None:
+    """Raises ConfigError unless `LogpModel` says what the model's own forward says, on a few tokens.
+
+    Heads differ between model families in ways no config tells; this finds out instead of trusting.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.linspace(0, vocabulary - 1, 9, device=model.device).long()[None]  # (1, 9)
+    expected = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1].float(), dim=-1)
+    expected = expected.gather(1, ids[0, 1:, None]).squeeze(1)
+    found, _ = LogpModel(model)(ids, torch.arange(8, device=model.device), ids[0, 1:])
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    error = (found - expected).abs().max().item()
+    if not error <= tolerance:  # also where it is NaN
+        raise ConfigError(
+            f"model.path is {name!r}: {type(model).__name__} turns hidden states into logits in a way the learner does "
+            f"not know (log-probabilities differ by {error:.3g}); use a model with a plain, scaled or soft-capped LM head"
+        )

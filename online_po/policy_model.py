@@ -1,0 +1,254 @@
+"""The policy as a torch model: loading, LoRA, FSDP2, and its weights as a plain dict of tensors.
+
+Whole weights live on rank 0 only for as long as they are read or written; `gather` and `spread` move
+them between rank 0 and the shards. With one rank both are plain copies.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from online_po.config import LoraConfig, ModelConfig
+from online_po.errors import ConfigError
+from online_po.logps import LogpModel
+from online_po.seeds import stable_seed
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+# -- loading ---------------------------------------------------------------------------------------
+
+
+def load_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder or hub id, on the CPU, dropout off. Raises ConfigError if there is none."""
+    settings = _load_config(config)
+    with _quiet(), _explained(config):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            revision=config.revision,
+            config=settings,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            output_loading_info=True,
+        )
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ConfigError(
+            f"model.path is {config.path!r}, whose weight files lack {missing}; give a complete causal language model"
+        )
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        # Many published models set sampling fields without do_sample; such a file loads, but is refused on saving.
+        model.generation_config.do_sample = True
+    return model.eval()
+
+
+def empty_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The same model with memory reserved but never touched, for ranks that are sent their shards."""
+    settings = _load_config(config)
+    with _explained(config), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=config.attention)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    return model.eval()
+
+
+def _load_config(config: ModelConfig) -> PretrainedConfig:
+    with _explained(config):
+        settings = AutoConfig.from_pretrained(config.path, revision=config.revision)
+    architectures = settings.architectures or []
+    if any("Classification" in name or "Reward" in name for name in architectures):
+        raise ConfigError(
+            f"model.path is {config.path!r}, a {architectures[0]}: not a causal language model; give the folder or hub "
+            "id of one"
+        )
+    return settings
+
+
+@contextmanager
+def _explained(config: ModelConfig) -> Iterator[None]:
+    """Turns what transformers raises on an unusable model into a ConfigError."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "attn" in reason or "attention" in reason.lower():
+            raise ConfigError(
+                f"model.attention is {config.attention!r}, which {config.path!r} cannot use here: {reason}; use sdpa or "
+                "eager"
+            ) from error
+        if isinstance(error, OSError) and not Path(config.path).exists():
+            remedy = "no such folder, and no such model at the hub or in its cache (with HF_HUB_OFFLINE=1 only the cache)"
+        else:
+            remedy = "it must be a folder or hub id of a causal language model with config.json and weights"
+        raise ConfigError(f"model.path is {config.path!r}, which cannot be loaded: {remedy}. {reason}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for loading weights or writing them."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def add_adapters(model: PreTrainedModel, lora: LoraConfig, path: str, seed: int) -> PeftModel:
+    """Freezes the model and puts LoRA adapters on it, initialised from `seed` alone (B is zero: no effect yet).
+
+    Adapters are float32 whatever the model is. Raises ConfigError if no module has the wanted names.
+    """
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    settings = PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=path,
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank: a float serves
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stable_seed(seed, "lora"))
+        try:
+            adapted = get_peft_model(model, settings)
+        except ValueError as error:
+            raise ConfigError(
+                f"learner.lora.target_modules is {targets!r}, which does not fit {type(model).__name__}: {error}"
+            ) from error
+    assert isinstance(adapted, PeftModel)
+    return adapted.eval()
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's repeated blocks: the units of sharding and of gradient checkpointing."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def checkpoint_activations(layers: list[nn.Module]) -> None:
+    """Recomputes each layer in backward instead of keeping its activations.
+
+    transformers' own switch works only in training mode, where dropout would come alive."""
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+# -- shards ----------------------------------------------------------------------------------------
+
+
+def shard(
+    scorer: LogpModel,
+    layers: list[nn.Module],
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    from_rank_0: dict[str, Tensor] | None,
+) -> None:
+    """FSDP2 over all ranks, layer by layer and then the rest; every rank gets its part of rank 0's weights.
+
+    `from_rank_0`: on rank 0 all tensors of `scorer` by name, else None.
+    """
+    precision = MixedPrecisionPolicy()
+    if compute_dtype != torch.float32:
+        precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for module in [*layers, scorer]:
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+        assert isinstance(module, FSDPModule)
+        # Gradients are summed, not averaged: losses are divided by the global number of pairs already.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    scorer.to(torch.device(mesh.device_type))  # buffers; parameters are there
+    for name, parameter in scorer.named_parameters():
+        spread(from_rank_0[name] if from_rank_0 is not None else None, parameter)
+    for name, buffer in scorer.named_buffers():
+        spread(from_rank_0[name] if from_rank_0 is not None else None, buffer)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The whole tensor on the CPU, on every rank; all ranks must call it. It may be `tensor` itself."""
+    tensor = tensor.detach()
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.cpu()
+
+
+@torch.no_grad()
+def spread(whole: Tensor | None, into: Tensor) -> None:
+    """Writes rank 0's `whole` into every rank's part of `into`; all ranks must call it, others with None."""
+    if not dist.is_initialized():
+        assert whole is not None
+        into.copy_(whole)
+        return
+    device = into.device
+    whole = torch.empty(into.shape, dtype=into.dtype, device=device) if whole is None else whole.to(into.dtype)
+    whole = whole.to(device).contiguous()
+    if isinstance(into, DTensor):
+        part = distribute_tensor(whole, into.device_mesh, into.placements)
+        into.to_local().copy_(part.to_local())
+    else:
+        dist.broadcast(whole, 0)
+        into.copy_(whole)
+
+
+# -- weights in folders ----------------------------------------------------------------------------
+
+
+def policy_tensors(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
+    """What makes the policy, by the name it has in the policy's folder: all weights once (tied ones under their
+    first name) and saved buffers, or the adapters'. The tensors are the model's own."""
+    if isinstance(model, PeftModel):
+        return {
+            name.replace(".default", ""): parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+    parameters = dict(model.named_parameters())
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = dict(model.named_buffers())
+    saved = [name for name in model.state_dict() if name not in every]
+    return parameters | {name: buffers[name] for name in saved}
+
+
+def read_policy(path: Path, config: ModelConfig, dtype: torch.dtype, is_adapter: bool) -> dict[str, Tensor]:
+    """`policy_tensors` of a policy folder, on the CPU."""
+    if is_adapter:
+        return load_file(path / ADAPTER_FILE)
+    source = config.model_copy(update={"path": str(path), "revision": config.revision if str(path) == config.path else None})
+    return {name: tensor.detach() for name, tensor in policy_tensors(load_causal_lm(source, dtype)).items()}
+
+
+def write_policy(path: Path, model: PreTrainedModel | PeftModel, tensors: dict[str, Tensor]) -> None:
+    """Writes a folder that transformers and vLLM load: the whole model, or a PEFT adapter. `tensors` as
+    `policy_tensors` names them, whole, on the CPU."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not isinstance(model, PeftModel):
+        with _quiet():
+            model.save_pretrained(path, state_dict=dict(tensors))
+        return
+    save_file(tensors, path / ADAPTER_FILE, metadata={"format": "pt"})
+    settings = model.peft_config["default"]
+    # A set in PEFT, in another order every run; the file must be the same every run.
+    settings.target_modules = sorted(settings.target_modules)  # type: ignore[attr-defined]
+    trained, settings.inference_mode = settings.inference_mode, True
+    settings.save_pretrained(str(path))
+    settings.inference_mode = trained
