@@ -1,0 +1,218 @@
+"""The learner's ranks, each a Ray actor. What they compute is `online_po.learner`'s."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from actors import cluster
+from online_po.config import Config
+from online_po.errors import ConfigError, OnlinePOError
+from online_po.types import Policy
+
+TOKEN_COLUMNS = ["prompt_token_ids", "chosen_token_ids", "rejected_token_ids"]
+"""All that ranks read of a pair; nothing else is sent."""
+
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+"""A rank may wait this long for another, which may be reading or writing weights."""
+
+
+class _Rank:
+    """One rank in its own process."""
+
+    def __init__(self, config: Config, rank: int, threads: int) -> None:
+        self.config, self.rank, self.threads = config, rank, threads
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Rank 0 only: (address, port) of the store where the ranks meet."""
+        from torch.distributed import TCPStore
+
+        address = ray.util.get_node_ip_address()
+        self.store = TCPStore(address, 0, self.config.learner.ranks, is_master=True, wait_for_workers=False)
+        return address, self.store.port
+
+    def start(self, meeting: tuple[str, int] | None) -> None:
+        """Joins the other ranks, if there are any, and loads the model."""
+        import torch
+        import torch.distributed as dist
+
+        from online_po.learner import TorchLearner
+
+        # This process does nothing else, so it may set what holds for the whole process.
+        torch.set_num_threads(self.threads)
+        if torch.cuda.is_available():
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        if meeting is not None:
+            address, port = meeting
+            ranks = self.config.learner.ranks
+            store = self.store if self.rank == 0 else dist.TCPStore(address, port, ranks, wait_for_workers=False)
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(
+                backend, store=store, rank=self.rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT
+            )
+        self.learner = TorchLearner(
+            self.config.model,
+            self.config.learner,
+            self.config.loss,
+            seed=self.config.run.seed,
+            rounds=self.config.loop.rounds,
+        )
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self.learner, method)(*args)
+
+    def stream(self, method: str, *args: Any) -> Iterator[Any]:
+        """Rank 0's answers, one by one."""
+        yield from getattr(self.learner, method)(*args)
+
+    def follow(self, method: str, *args: Any) -> None:
+        """The same work on another rank; its answers are rank 0's, and are dropped."""
+        for _ in getattr(self.learner, method)(*args):
+            pass
+
+
+class LearnerGroup:
+    """Implements `online_po.protocols.Learner` over Ray actors, one a rank. Ray must be running.
+
+    Ranks start to load when the group is made; `ready` waits for them. An error on any rank is raised here as
+    it was raised there; with several ranks the group is then closed, since the others may wait for it forever.
+    """
+
+    def __init__(self, config: Config) -> None:
+
+        ranks = config.learner.ranks
+        gpus = config.ray.learner_gpus
+        if gpus is None:
+            gpus = 1.0 if cluster.gpu_count() else 0.0
+        elif gpus > cluster.gpu_count():
+            raise ConfigError(f"ray.learner_gpus is {gpus}, but the cluster has {cluster.gpu_count()} GPUs; lower it")
+        threads = config.learner.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+        environment = {
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic matrix products on GPUs need
+        }
+        actor = ray.remote(_Rank).options(num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment})
+        self._ranks = [actor.remote(config, rank, threads) for rank in range(ranks)]
+        meeting = self._ranks[0].rendezvous.remote() if ranks > 1 else None
+        self._starting = [rank.start.remote(meeting) for rank in self._ranks]
+
+    def ready(self, timeout: float) -> None:
+        """Waits until every rank holds the model. Raises ConfigError if it cannot be loaded, OnlinePOError if it
+        takes longer than `timeout` seconds."""
+        waiting = self._starting
+        try:
+            while waiting:
+                done, waiting = ray.wait(waiting, timeout=timeout)
+                if not done:
+                    raise GetTimeoutError
+                ray.get(done)
+        except GetTimeoutError as error:
+            self.close()
+            raise OnlinePOError(
+                f"the learner was not ready within ray.startup_timeout_s ({timeout:.0f} s were left for it); raise it, or "
+                "see that the cluster has the GPUs that learner.ranks and ray.learner_gpus ask for"
+            ) from error
+        except RayError as error:
+            self.close()
+            raise _original(error) from error
+
+    def logps(self, pairs: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
+        """See `online_po.protocols.Learner.logps`."""
+        return self._stream("logps", ray.put(pairs.select(TOKEN_COLUMNS)), policy)
+
+    def update(
+        self,
+        round_: int,
+        pairs: pa.Table,
+        reference_logps: dict[str, np.ndarray],
+        start_logps: dict[str, np.ndarray] | None,
+    ) -> Iterator[dict[str, float]]:
+        """See `online_po.protocols.Learner.update` and `online_po.learner.TorchLearner.update`."""
+        table, reference, start = (
+            ray.put(value) for value in (pairs.select(TOKEN_COLUMNS), reference_logps, start_logps)
+        )
+        return self._stream("update", round_, table, reference, start)
+
+    def token_logps(self, token_ids: Sequence[int]) -> list[float]:
+        """See `online_po.protocols.Learner.token_logps`."""
+        return self._call("token_logps", list(token_ids))
+
+    def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> None:
+        """See `online_po.protocols.Learner.save`. With ranks on several machines the folders must be shared."""
+        self._call("save", round_, policy_dir.absolute(), trainer_dir.absolute())
+
+    def load(self, policy: Policy, trainer_dir: Path) -> None:
+        """See `online_po.protocols.Learner.load`."""
+        self._call("load", policy, trainer_dir.absolute())
+
+    def close(self) -> None:
+        """Ends the ranks' processes."""
+        for rank in self._ranks:
+            ray.kill(rank)
+        self._ranks = []
+
+    def _call(self, method: str, *args: Any) -> Any:
+        """The same call on every rank; rank 0's answer."""
+        first, others = self._leader(), self._ranks[1:]
+        waiting = [first.call.remote(method, *args), *(rank.call.remote(method, *args) for rank in others)]
+        answer = waiting[0]
+        try:
+            while waiting:  # whoever fails first is heard first: the others may be waiting for it
+                done, waiting = ray.wait(waiting)
+                ray.get(done)
+            return ray.get(answer)
+        except RayError as error:
+            self._give_up()
+            raise _original(error) from error
+
+    def _stream(self, method: str, *args: Any) -> Iterator[Any]:
+        """The same call on every rank; rank 0's answers as they come."""
+        first, others = self._leader(), self._ranks[1:]
+        answers = first.stream.options(num_returns="streaming").remote(method, *args)
+        waiting = [answers, *(rank.follow.remote(method, *args) for rank in others)]
+        try:
+            while waiting:
+                done, _ = ray.wait(waiting)
+                if done[0] is not answers:
+                    ray.get(done[0])
+                    waiting.remove(done[0])
+                    continue
+                try:
+                    answer = next(answers)
+                except StopIteration:
+                    waiting.remove(answers)
+                    continue
+                yield ray.get(answer)
+        except RayError as error:
+            self._give_up()
+            raise _original(error) from error
+
+    def _leader(self) -> Any:
+        if not self._ranks:
+            raise OnlinePOError("the learner was closed, or one of its ranks failed; start the run again, it resumes")
+        return self._ranks[0]
+
+    def _give_up(self) -> None:
+        if len(self._ranks) > 1:
+            self.close()
+
+
+def _original(error: RayError) -> Exception:
+    """What a rank raised, if it raised on purpose; what happened to the rank, if it died."""
+    if isinstance(error, RayTaskError):
+        return error.cause if isinstance(error.cause, OnlinePOError) else error
+    return OnlinePOError(
+        f"a learner rank died: {str(error).strip().splitlines()[0]} (out of memory? lower learner.micro_batch_tokens, set "
+        "learner.gradient_checkpointing or learner.lora); start the run again, it resumes after the last committed round"
+    )
