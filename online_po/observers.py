@@ -1,0 +1,195 @@
+"""Observers that are no screen: several as one, the phase timer, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from online_po.protocols import Observer
+
+
+class CompositeObserver:
+    """Tells several observers the same; phases are entered in order and left in reverse."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self.observers = tuple(observers)
+
+    @contextmanager
+    def phase(self, name: str, round_: int) -> Iterator[None]:
+        with ExitStack() as stack:
+            for observer in self.observers:
+                stack.enter_context(observer.phase(name, round_))
+            yield
+
+    def progress(self, name: str, done: int, total: int | None) -> None:
+        for observer in self.observers:
+            observer.progress(name, done, total)
+
+    def step(self, round_: int, metrics: dict[str, float]) -> None:
+        for observer in self.observers:
+            observer.step(round_, metrics)
+
+    def round(self, summary: dict[str, Any]) -> None:
+        for observer in self.observers:
+            observer.round(summary)
+
+    def evaluation(self, summary: dict[str, Any]) -> None:
+        for observer in self.observers:
+            observer.evaluation(summary)
+
+    def message(self, text: str) -> None:
+        for observer in self.observers:
+            observer.message(text)
+
+    def close(self) -> None:
+        for observer in self.observers:
+            observer.close()
+
+
+class Silent:
+    """An observer that does nothing: the base of those that care for a part of what they are told."""
+
+    @contextmanager
+    def phase(self, name: str, round_: int) -> Iterator[None]:
+        yield
+
+    def progress(self, name: str, done: int, total: int | None) -> None:
+        pass
+
+    def step(self, round_: int, metrics: dict[str, float]) -> None:
+        pass
+
+    def round(self, summary: dict[str, Any]) -> None:
+        pass
+
+    def evaluation(self, summary: dict[str, Any]) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class PhaseTimer(Silent):
+    """Where the time goes. Phases may begin and end in any thread, and overlap.
+
+    Every finished phase becomes one line of `path`: {"phase", "round", "start" (Unix seconds), "seconds"};
+    a resumed run appends. `clock` and `now` are there for tests.
+    """
+
+    def __init__(
+        self, path: Path, clock: Callable[[], float] = time.monotonic, now: Callable[[], float] = time.time
+    ) -> None:
+        self._clock, self._now = clock, now
+        self._file = path.open("a", encoding="utf-8")
+        self._lock = threading.Lock()
+        self._open: dict[object, tuple[str, int, float]] = {}  # phases going on: name, round, begin
+        self._seconds: defaultdict[int, defaultdict[str, float]] = defaultdict(
+            lambda: defaultdict(float)
+        )  # finished ones, by round
+        self._window: float | None = None  # begin of the time that no `round_seconds` has told of yet
+        self._idle = 0.0  # seconds of that window without any phase
+        self._idle_since: float | None = None  # since when no phase has been open
+
+    @contextmanager
+    def phase(self, name: str, round_: int) -> Iterator[None]:
+        token, start = object(), self._now()
+        with self._lock:
+            begin = self._clock()
+            self._open[token] = (name, round_, begin)
+            # Starting up (round 0) belongs to no round's window.
+            if self._window is None and round_ > 0:
+                self._window = begin
+            if self._idle_since is not None:
+                self._idle += begin - self._idle_since
+                self._idle_since = None
+        try:
+            yield
+        finally:
+            with self._lock:
+                end = self._clock()
+                del self._open[token]
+                self._seconds[round_][name] += end - begin
+                if not self._open and self._window is not None:
+                    self._idle_since = end
+                line = {"phase": name, "round": round_, "start": round(start, 3), "seconds": round(end - begin, 4)}
+                self._file.write(json.dumps(line) + "\n")
+                self._file.flush()
+
+    def round_seconds(self, round_: int) -> dict[str, Any]:
+        """The time of a round that is being committed.
+
+        phase_seconds: busy seconds of each of the round's phases so far (one still going on counts up to
+        now), wherever they ran: with `loop.max_staleness` above 0 they overlap other rounds' phases.
+        wall_seconds: since the previous call, or since the first phase of a round; such windows add up to
+        the run. idle_seconds: how much of that no phase of any round covered.
+        """
+        with self._lock:
+            now = self._clock()
+            phases = defaultdict(float, self._seconds[round_])
+            for name, phase_round, begin in self._open.values():
+                if phase_round == round_:
+                    phases[name] += now - begin
+            if self._idle_since is not None:
+                self._idle += now - self._idle_since
+                self._idle_since = now
+            wall = now - self._window if self._window is not None else 0.0
+            idle, self._idle, self._window = self._idle, 0.0, now
+            return {"phase_seconds": dict(phases), "wall_seconds": wall, "idle_seconds": idle}
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardObserver(Silent):
+    """Writes metrics as TensorBoard events, with tensorboard's own writer (torch stays out).
+
+    Tags: learner/* by optimizer step, round/* by round, heldout/* by policy version. `steps_done` is the
+    number of optimizer steps of earlier, committed rounds, from which a resumed run counts on.
+    """
+
+    def __init__(self, folder: Path, steps_done: int = 0) -> None:
+        from tensorboard.summary import Writer
+
+        self._writer = Writer(str(folder))
+        self._steps = steps_done
+
+    def step(self, round_: int, metrics: dict[str, float]) -> None:
+        self._steps += 1
+        self._write("learner", metrics, self._steps)
+
+    def round(self, summary: dict[str, Any]) -> None:
+        self._write("round", summary, summary["round"])
+        self._write("seconds", summary["phase_seconds"], summary["round"])
+        self._writer.flush()
+
+    def evaluation(self, summary: dict[str, Any]) -> None:
+        scalars = {name: summary[name] for name in ("length_mean", "truncated_share")}
+        scalars |= _interval("score", summary["score"])
+        for other in ("start", "previous"):
+            if (comparison := summary[f"versus_{other}"]) is not None:
+                scalars |= _interval(f"win_rate_{other}", comparison["win_rate"])
+        self._write("heldout", scalars, summary["policy_version"])
+        self._writer.flush()
+
+    def _write(self, prefix: str, values: Mapping[str, Any], step: int) -> None:
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and name not in ("round", "step"):
+                self._writer.add_scalar(f"{prefix}/{name}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _interval(name: str, interval: Mapping[str, Any] | None) -> dict[str, Any]:
+    if interval is None:
+        return {}
+    return {name: interval["mean"], f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
