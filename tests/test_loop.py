@@ -1,0 +1,217 @@
+"""The real loop with fake parts: order of work, resume, staleness, reference, failures."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from online_po.config import Config
+from online_po.errors import JudgeFailureRateError, LedgerError, NoPairsError
+from online_po.ledger import Ledger
+from online_po.loop import run_rounds
+from online_po.observers import PhaseTimer
+from online_po.parts import Parts
+from online_po.types import JudgeFailure
+from tests.fakes import FakeGenerator, FakeJudge, FakeLearner, FakeObserver, make_config, make_prompts
+
+
+def make_parts(config: Config, heldout: int = 4) -> Parts:
+    prompts = make_prompts(20 + heldout)
+    ledger = Ledger.create(config.run_dir, config, {})
+    return Parts(
+        config=config,
+        ledger=ledger,
+        generator=FakeGenerator(),
+        judges=FakeJudge(),
+        learner=FakeLearner(),
+        observer=FakeObserver(),
+        timer=PhaseTimer(ledger.root / "timeline.jsonl"),
+        train=prompts[:20],
+        heldout=prompts[20:] or None,
+        start=Path(config.model.path),
+    )
+
+
+def content(root: Path) -> dict[str, object]:
+    """Everything of a run that must not depend on how often it was stopped."""
+    found: dict[str, object] = {}
+    for path in sorted(root.glob("rounds/**/*.parquet")):
+        found[str(path.relative_to(root))] = pq.read_table(path).to_pylist()
+    for path in sorted(root.glob("rounds/*/policy/skill.json")):
+        found[str(path.relative_to(root))] = path.read_text()
+    for path in sorted(root.glob("rounds/*/COMMIT.json")):
+        found[str(path.relative_to(root))] = json.loads(path.read_text())["reference_round"]
+    return found
+
+
+def test_rounds_are_sampled_by_the_policy_of_the_round_before(tmp_path):
+    parts = make_parts(make_config(tmp_path))
+    summaries = run_rounds(parts)
+    versions = {r: set(parts_versions(parts.ledger, r)) for r in (1, 2, 3)}
+    assert versions == {1: {0}, 2: {1}, 3: {2}}
+    assert [s["policy_version"] for s in summaries] == [0, 1, 2, 3]
+    assert summaries[-1]["score"]["mean"] > summaries[0]["score"]["mean"] + 0.5
+    assert summaries[-1]["versus_start"]["win_rate"]["mean"] == 1.0
+    syncs = [entry[1] for entry in parts.generator.log if entry[0] == "sync"]
+    assert syncs == [0, 1, 2, 3], "one sync after each commit, and one proof of the start"
+
+
+def parts_versions(ledger: Ledger, round_: int):
+    return ledger.pairs(round_)["policy_version"].to_pylist()
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_stale_rounds_lag_by_exactly_max_staleness(tmp_path, staleness):
+    loop = {"rounds": 5, "prompts_per_round": 4, "responses_per_prompt": 3, "max_staleness": staleness}
+    config = make_config(tmp_path, loop=loop, run__keep_checkpoints=staleness + 1)
+    parts = make_parts(config)
+    run_rounds(parts)
+    lag = {r: r - 1 - parts_versions(parts.ledger, r)[0] for r in range(1, 6)}
+    assert lag == {r: min(r - 1, staleness) for r in range(1, 6)}
+    assert [s["policy_version"] for s in map(parts.ledger.evaluation_summary, range(6))] == list(range(6))
+
+
+def test_prompts_pass_through_whole_epochs(tmp_path):
+    parts = make_parts(make_config(tmp_path, loop__rounds=5, loop__prompts_per_round=8))
+    run_rounds(parts)
+    drawn = [p.id for r in range(1, 6) for p in parts.ledger.prompts(r)]
+    assert len(set(drawn[:20])) == 20 and len(set(drawn[20:])) == 20
+    for batch in itertools.batched(drawn, 8) if hasattr(itertools, "batched") else ():
+        assert len(set(batch)) == 8
+
+
+def test_reference_refresh_is_recorded_in_the_commit_and_used(tmp_path):
+    config = make_config(tmp_path, reference={"kind": "refresh", "every": 2}, loop__rounds=5)
+    parts = make_parts(config)
+    run_rounds(parts)
+    assert [parts.ledger.committed(r).reference_round for r in range(6)] == [0, 0, 2, 2, 4, 4]
+    logps = [entry[1] for entry in parts.learner.log if entry[0] == "logps"]
+    # Round 3, 4, 5: the reference, then the start for KL.
+    assert logps == [0, 0, 2, 0, 2, 0, 4, 0]
+
+
+def test_kl_to_start_costs_no_pass_when_switched_off(tmp_path):
+    config = make_config(tmp_path, reference={"kind": "refresh"}, learner={"kl_to_start": False})
+    parts = make_parts(config)
+    run_rounds(parts)
+    assert [entry[1] for entry in parts.learner.log if entry[0] == "logps"] == [0, 1, 2]
+    assert [entry[2] for entry in parts.learner.log if entry[0] == "update"] == [True, False, False]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_run_stopped_anywhere_while_generating_ends_the_same(tmp_path, staleness):
+    whole = make_parts(make_config(tmp_path / "whole", loop__max_staleness=staleness))
+    run_rounds(whole)
+    config = make_config(tmp_path / "stopped", loop__max_staleness=staleness)
+    stops = 0
+    for _ in range(200):
+        parts = make_parts(config)  # new process: nothing but the ledger is left
+        parts.generator.fail_after = 1 + stops % 3
+        try:
+            run_rounds(parts)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops > 3
+    assert content(whole.ledger.root) == content(parts.ledger.root)
+
+
+def test_after_a_resume_the_generators_get_the_committed_weights_first(tmp_path):
+    config = make_config(tmp_path)
+    parts = make_parts(config)
+    parts.generator.fail_after = 2 + 3 + 2 + 1  # stops inside round 2
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(parts)
+    assert parts.ledger.last_committed() == 1
+    again = make_parts(config)
+    run_rounds(again)
+    assert again.generator.log[0] == ("sync", 1)
+    assert again.learner.log[0] == ("load", 1)
+
+
+def test_responses_and_judgements_of_a_stopped_round_are_not_made_again(tmp_path):
+    config = make_config(tmp_path)
+    parts = make_parts(config)
+    parts.generator.fail_after = 2 + 2  # evaluation is two chunks, then two of round 1's three
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(parts)
+    judged = list(parts.judges.judged)
+    again = make_parts(config)
+    run_rounds(again)
+    first = [entry for entry in again.generator.log if entry[0] == "generate"][0]
+    assert first == ("generate", 2, 0)
+    assert not set(judged[4:]) & set(again.judges.judged[:2])
+
+
+def test_too_many_judge_failures_stop_the_round_and_only_they_are_asked_again(tmp_path):
+    config = make_config(tmp_path)
+    parts = make_parts(config)
+    drawn_ids = set()
+    original = parts.judges.submit
+
+    def failing(groups):
+        for group in groups[:1]:
+            if len(drawn_ids) < 3 and "heldout" not in group.prompt.id and parts.generator.log[-1][0] == "generate":
+                drawn_ids.add(group.prompt.id)
+                parts.judges.fails[group.prompt.id] = JudgeFailure(kind="timeout", message="too slow")
+        return original(groups)
+
+    parts.heldout = None
+    parts.judges.submit = failing
+    with pytest.raises(
+        JudgeFailureRateError, match=r"3 of 8 groups \(3 x timeout\).*max_failure_rate = 0.05.*too slow"
+    ):
+        run_rounds(parts)
+    again = make_parts(config)
+    again.heldout = None
+    run_rounds(again)
+    assert set(again.judges.judged[:3]) == drawn_ids
+    assert len(again.judges.judged) == 3 + 2 * 8
+
+
+def test_failures_under_the_bound_are_counted_and_never_trained_on(tmp_path):
+    parts = make_parts(make_config(tmp_path, judge={"max_failure_rate": 0.5}))
+    bad = {p.id for p in make_prompts(20)[:5]}
+    parts.judges.fails = {prompt_id: JudgeFailure(kind="error", message="no") for prompt_id in bad}
+    run_rounds(parts)
+    trained = {i for r in (1, 2, 3) for i in parts.ledger.pairs(r)["prompt_id"].to_pylist()}
+    assert trained and not trained & bad
+    rows = [json.loads(line) for r in (1, 2, 3) for line in (parts.ledger.round_dir(r) / "metrics.jsonl").open()]
+    rounds = [row for row in rows if row["kind"] == "round"]
+    assert (
+        sum(row["judge_failures"].get("error", 0) for row in rounds)
+        == 5 + sum(row["pair_skips"].get("judge_failed", 0) for row in rounds) - 5
+        > 0
+    )
+
+
+def test_a_round_without_pairs_says_why(tmp_path):
+    parts = make_parts(make_config(tmp_path))
+    parts.judges.tie = True
+    with pytest.raises(NoPairsError, match=r"round 1 gave no pair .* 8 prompts \(8 x tie\)"):
+        run_rounds(parts)
+    # Mended, the run goes on from the judgements it has.
+    assert parts.ledger.last_committed() == 0
+
+
+def test_old_weights_are_pruned_but_not_the_reference(tmp_path):
+    config = make_config(tmp_path, reference={"kind": "refresh", "every": 2}, loop__rounds=5, run__keep_checkpoints=1)
+    parts = make_parts(config)
+    run_rounds(parts)
+    kept = {r for r in range(1, 6) if (parts.ledger.round_dir(r) / "policy").exists()}
+    assert kept == {4, 5}
+    assert {r for r in range(1, 6) if (parts.ledger.round_dir(r) / "trainer").exists()} == {5}
+    with pytest.raises(LedgerError, match=r"round 2 .*keep_checkpoints"):
+        parts.ledger.policy(2, parts.start)
+
+
+def test_a_finished_run_does_nothing_when_run_again(tmp_path):
+    config = make_config(tmp_path)
+    run_rounds(make_parts(config))
+    again = make_parts(config)
+    assert [s["policy_version"] for s in run_rounds(again)] == [0, 1, 2, 3]
+    assert again.generator.log == [] and [e[0] for e in again.learner.log] == ["load"]
