@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from online_po.errors import LedgerError
+
 TMP = ".tmp"
 """Suffix of everything not yet whole; such leftovers are deleted when a run is opened."""
 
@@ -22,16 +25,17 @@ TMP = ".tmp"
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`; on a clean exit it becomes `path`, durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + TMP)
-    try:
-        yield temporary
-        _fsync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _fsync(path.parent)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _fsync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _fsync(path.parent)
 
 
 @contextmanager
@@ -39,14 +43,36 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """The same for a whole folder."""
     temporary = path.with_name(path.name + TMP)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    for file in sorted(temporary.rglob("*")):
-        _fsync(file)
-    _fsync(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
-    _fsync(path.parent)
+    with _explained(path):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                _fsync(file)
+            _fsync(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _fsync(path.parent)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turns a full disk or a folder that cannot be written into a LedgerError; other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        # Writers in other processes and in Rust lose the number of the error, but not its text.
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            raise LedgerError(
+                f"no space left for {str(path)!r}; what was finished is kept: free some space (or set "
+                "run.keep_checkpoints in a new run) and resume"
+            ) from error
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise LedgerError(f"{str(path)!r} cannot be written ({error}); mend that and resume") from error
+        raise
 
 
 def _fsync(path: Path) -> None:

@@ -173,3 +173,15 @@ def test_an_unwritable_run_dir_is_a_config_error(tmp_path):
     config = make_config(tmp_path / "file")
     with pytest.raises(ConfigError, match="run.dir: the run folder .* cannot be written"):
         Ledger.create(config.run_dir, config, {})
+
+
+@pytest.mark.parametrize("text", ["[Errno 28] No space left on device", "I/O error: No space left on device (os error 28)"])
+def test_a_full_disk_leaves_nothing_torn_and_says_so(ledger, text):
+    write_round(ledger, 1)
+    with pytest.raises(LedgerError, match="no space left for .* free some space"), ledger.weights(1) as (p, _):
+        (p / "model.safetensors").write_bytes(b"half")
+        raise RuntimeError(text)
+    assert not list(ledger.round_dir(1).glob(f"*{files.TMP}"))
+    assert (ledger.round_dir(1) / "policy" / "model.safetensors").stat().st_size == 100
+    with pytest.raises(LedgerError, match="no space left"), files.atomic(ledger.root / "x"):
+        raise OSError(28, "No space left on device")

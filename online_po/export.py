@@ -1,0 +1,49 @@
+"""A policy out of a run folder, into a folder that transformers and vLLM load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from online_po.errors import ConfigError
+from online_po.files import atomic_folder
+from online_po.ledger import Ledger
+from online_po.plan import resolve_model
+
+
+def export(run_dir: Path, out: Path, round_: int | None = None, merge: bool = False) -> Path:
+    """Writes the policy of a round (default: the last committed one) to `out`; returns it.
+
+    Full weights are copied as they are; a LoRA adapter is copied as an adapter, or with `merge` added to
+    the starting model's weights. Raises ConfigError for a round or folder that cannot be used and
+    LedgerError for weights that are gone or damaged.
+    """
+    ledger = Ledger.open(run_dir)
+    last = ledger.last_committed()
+    if not last:
+        raise ConfigError(f"run {str(run_dir)!r} has no trained round yet; nothing to export")
+    if round_ is None:
+        round_ = last
+    if not 1 <= round_ <= last:
+        raise ConfigError(f"--round is {round_}; run {str(run_dir)!r} has trained rounds 1 to {last}")
+    if out.exists():
+        raise ConfigError(f"OUT is {str(out)!r}, which exists already; give a new folder")
+    start = resolve_model(ledger.config())
+    policy = ledger.policy(round_, start)
+    if merge and not policy.is_adapter:
+        raise ConfigError("--merge is for LoRA runs; this run trained all weights, export it without --merge")
+    with atomic_folder(out) as folder:
+        if not merge:
+            shutil.copytree(policy.path, folder, dirs_exist_ok=True)
+        else:
+            _merge(start, policy.path, folder)
+    return out
+
+
+def _merge(start: Path, adapter: Path, folder: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(start, dtype="auto")
+    PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(start).save_pretrained(folder)

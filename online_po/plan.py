@@ -1,0 +1,298 @@
+"""What a run would do, found out before anything expensive starts. `online-po check` prints it.
+
+Reads the config, the tokenizer, the model's config.json and the prompts; starts no engine, no Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from online_po.config import Config
+from online_po.errors import ConfigError
+from online_po.prompts import PromptSet, load_prompts
+
+GIB = 1024**3
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What the plan needs to know of a model, from its config and its weights on disk."""
+
+    context: int
+    """Longest sequence it takes, in tokens."""
+    parameters: int
+    """Number of weights, tied ones once."""
+    kv_bytes_per_token: int
+    """KV cache of one token over all layers, at 4 bytes a value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A config that was found runnable, with everything that was loaded to find out."""
+
+    config: Config
+    model_path: Path
+    """Local folder of the starting model."""
+    tokenizer: Any
+    train: PromptSet
+    heldout: PromptSet | None
+    shape: ModelShape
+    figures: dict[str, str]
+    """Label -> estimate, for people: rounds, tokens, steps, memory, disk."""
+    warnings: list[str]
+
+
+def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = None) -> Plan:
+    """Checks everything that can be known without starting an engine.
+
+    Raises ConfigError for a model, tokenizer, prompt file, judge or engine that cannot be used.
+    """
+    from actors.engines import check_engine
+    from judges.runtime import check_judge
+
+    check_judge(config.judge)
+    check_engine(config)
+    model_path = resolve_model(config)
+    shape = read_shape(config, model_path)
+    tokenizer = load_tokenizer(config, model_path)
+    train, heldout = load_prompts(config.prompts, tokenizer, config.run.seed, on_progress)
+    if config.judge.kind == "rules":
+        from judges.rules import validate_constraints
+
+        for prompts in filter(None, (train, heldout)):
+            for index in range(len(prompts)):
+                validate_constraints(prompts[index].metadata)
+    if config.loop.prompts_per_round > len(train):
+        raise ConfigError(
+            f"loop.prompts_per_round is {config.loop.prompts_per_round}, but only {len(train)} prompts are left to "
+            "train on; lower it or give more prompts"
+        )
+    longest = max(int(p.token_counts.max()) for p in (train, heldout) if p is not None)
+    need = longest + config.generator.max_tokens
+    if need > shape.context:
+        raise ConfigError(
+            f"generator.max_tokens is {config.generator.max_tokens} and the longest prompt has {longest} tokens: "
+            f"together {need}, beyond the model's context of {shape.context}; lower generator.max_tokens or "
+            "prompts.max_tokens"
+        )
+    if config.generator.max_model_len is not None and config.generator.max_model_len > shape.context:
+        raise ConfigError(
+            f"generator.max_model_len is {config.generator.max_model_len}, beyond the model's context of "
+            f"{shape.context}"
+        )
+    _require_kv_cache(config, shape)
+    need = estimate(config, shape)
+    return Plan(
+        config=config,
+        model_path=model_path,
+        tokenizer=tokenizer,
+        train=train,
+        heldout=heldout,
+        shape=shape,
+        figures=_figures(config, shape, need, train, heldout),
+        warnings=_warnings(config, need),
+    )
+
+
+def resolve_model(config: Config) -> Path:
+    """The local folder of `model.path`: itself, or the hub's snapshot. Raises ConfigError."""
+    path = Path(config.model.path)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ConfigError(f"model.path is {str(path)!r}, a folder without config.json; give a Hugging Face folder")
+        return path.resolve()
+    if path.is_absolute() or config.model.path.startswith((".", "~")) or config.model.path.count("/") != 1:
+        raise ConfigError(
+            f"model.path is {config.model.path!r}, but no such folder exists; give a local Hugging Face folder or a "
+            "hub id such as `organisation/name`"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(config.model.path, revision=config.model.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.path is {config.model.path!r}: no such local folder, and the hub gave nothing "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); check the name, the network and HF_HUB_OFFLINE"
+        ) from error
+
+
+def load_tokenizer(config: Config, model_path: Path) -> Any:
+    """The starting model's tokenizer. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"model.path is {config.model.path!r}, but its tokenizer does not load: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def read_shape(config: Config, model_path: Path) -> ModelShape:
+    """Context, size and KV cache of a model, from its files. Raises ConfigError."""
+    from safetensors import SafetensorError
+    from transformers import AutoConfig
+
+    try:
+        text_config = AutoConfig.from_pretrained(model_path).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"model.path is {config.model.path!r}, but its config.json is not one transformers knows: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    weights = sorted(model_path.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(
+            f"model.path is {config.model.path!r}, which holds no .safetensors file; other formats can execute code "
+            "when loaded, so convert it first (load with transformers, then save_pretrained)"
+        )
+    try:
+        parameters = sum(_count_weights(path) for path in weights)
+    except SafetensorError as error:
+        raise ConfigError(f"model.path is {config.model.path!r}, with a file that is damaged or cut: {error}") from error
+    heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    return ModelShape(
+        context=int(getattr(text_config, "max_position_embeddings", 0) or 1 << 30),
+        parameters=parameters,
+        kv_bytes_per_token=2 * text_config.num_hidden_layers * heads * head_dim * 4,
+    )
+
+
+def _count_weights(path: Path) -> int:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise SafetensorError(f"{path.name}: {error}") from error
+
+
+def model_fingerprint(model_path: Path) -> dict[str, Any]:
+    """Names and sizes of the starting model's weight files, and its config: what a resume compares."""
+    weights = {path.name: path.stat().st_size for path in sorted(model_path.glob("*.safetensors"))}
+    return {"weights": weights, "config": json.loads((model_path / "config.json").read_text())}
+
+
+def _require_kv_cache(config: Config, shape: ModelShape) -> None:
+    """Raises ConfigError where not even one sequence fits into a CPU engine's KV cache."""
+    length = config.generator.max_model_len or config.prompts.max_tokens + config.generator.max_tokens
+    need = min(length, shape.context) * shape.kv_bytes_per_token / GIB
+    if on_cpu(config) and config.generator.engine == "vllm" and need > config.generator.cpu_kv_cache_gib:
+        raise ConfigError(
+            f"generator.cpu_kv_cache_gib is {config.generator.cpu_kv_cache_gib:g}, but one sequence of {length} tokens "
+            f"takes {need:.2f} GiB; raise it, or lower generator.max_tokens or prompts.max_tokens"
+        )
+
+
+def on_cpu(config: Config) -> bool:
+    """Whether a run on this machine would use its CPU: no GPU driver here, and no cluster elsewhere."""
+    return config.ray.address is None and shutil.which("nvidia-smi") is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes that a run needs, roughly, and what it would do; for people."""
+
+    learner: float
+    """Memory of one learner rank but for activations."""
+    generator: float
+    """Memory of one engine."""
+    disk: float
+    """The run folder at its largest."""
+    pairs: int
+    """Most pairs a round can give."""
+    steps: int
+    """Most optimizer steps of a round."""
+
+
+def estimate(config: Config, shape: ModelShape) -> Estimate:
+    """What a run needs at most."""
+    loop, learner, generator = config.loop, config.learner, config.generator
+    n, strategy = loop.responses_per_prompt, config.pairs.strategy
+    per_prompt = {"top_bottom_k": config.pairs.k, "all": n * (n - 1) // 2}.get(strategy, 1)
+    pairs = loop.prompts_per_round * min(per_prompt, config.pairs.max_per_prompt or per_prompt)
+    weights = shape.parameters * BYTES[learner.param_dtype]
+    # Full: weights, gradients, two moments, and a reference of its own unless it is the sampling policy.
+    own_reference = config.reference.kind == "fixed" or config.reference.every > 1
+    copies = 1 if learner.lora is not None else 4 + own_reference
+    saved = 0 if learner.lora is not None else 3 * weights
+    kept = min(config.run.keep_checkpoints or loop.rounds, loop.rounds)
+    # Text, token ids and float32 logps, compressed: about 10 bytes a token.
+    data = loop.rounds * loop.prompts_per_round * n * generator.max_tokens * 10
+    dtype = generator.dtype
+    if dtype == "auto":
+        dtype = "float32" if on_cpu(config) else "bfloat16"
+    cache = generator.cpu_kv_cache_gib * GIB if on_cpu(config) else 0
+    return Estimate(
+        learner=copies * weights / learner.ranks,
+        generator=shape.parameters * BYTES[dtype] / generator.tensor_parallel + cache,
+        disk=kept * saved + data,
+        pairs=pairs,
+        steps=math.ceil(pairs / learner.global_batch_size) * learner.epochs,
+    )
+
+
+def _figures(
+    config: Config, shape: ModelShape, need: Estimate, train: PromptSet, heldout: PromptSet | None
+) -> dict[str, str]:
+    loop, n = config.loop, config.loop.responses_per_prompt
+    responses = loop.prompts_per_round * n
+    held = f"{len(heldout):,} held out" if heldout is not None else "none held out"
+    epochs = loop.rounds * loop.prompts_per_round / len(train)
+    cache = (
+        " with its KV cache" if on_cpu(config) else ", and the KV cache that generator.gpu_memory_utilization leaves"
+    )
+    return {
+        "model": f"{shape.parameters / 1e6:,.1f} M weights, context of {shape.context:,} tokens",
+        "prompts": f"{len(train):,} to train on, {held}; {train.token_counts.mean():,.0f} tokens on average",
+        **_left_out("train prompts", train),
+        **(_left_out("held-out prompts", heldout) if heldout is not None else {}),
+        "rounds": f"{loop.rounds} of {loop.prompts_per_round:,} prompts x {n} responses ({epochs:.2f} epochs)",
+        "responses": f"{responses:,} a round, up to {responses * config.generator.max_tokens:,} tokens",
+        "pairs": f"up to {need.pairs:,} a round: {need.steps:,} optimizer steps, {need.steps * loop.rounds:,} in all",
+        "learner memory": f"about {need.learner / GIB:.1f} GiB a rank (of {config.learner.ranks}), and activations",
+        "engine memory": f"about {need.generator / GIB:.1f} GiB (of {config.generator.replicas}){cache}",
+        "disk": f"up to {need.disk / GIB:.1f} GiB in {config.run_dir}",
+    }
+
+
+def _left_out(label: str, prompts: PromptSet) -> dict[str, str]:
+    """Prompts that are not used, by reason; nothing if all are."""
+    reasons = {k: v for k, v in prompts.counts.items() if v and k not in ("loaded", "used")}
+    if not reasons:
+        return {}
+    text = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in reasons.items())
+    return {label: f"{prompts.counts['loaded']:,} loaded, not used: {text}"}
+
+
+def _warnings(config: Config, need: Estimate) -> list[str]:
+    found = []
+    folder = next(parent for parent in config.run_dir.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if need.disk > free:
+        found.append(
+            f"run.dir: {free / GIB:.1f} GiB free, up to {need.disk / GIB:.1f} GiB needed; free some, lower "
+            "run.keep_checkpoints or choose another run.dir"
+        )
+    memory = need.learner * config.learner.ranks + need.generator * config.generator.replicas
+    available = psutil.virtual_memory().available
+    if on_cpu(config) and memory > available:
+        found.append(
+            f"memory: {available / GIB:.1f} GiB available, about {memory / GIB:.1f} GiB needed; lower "
+            "generator.cpu_kv_cache_gib or generator.replicas, or set learner.lora"
+        )
+    return found

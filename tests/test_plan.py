@@ -1,0 +1,151 @@
+"""The plan: everything that can be wrong is found before anything starts, and said with field, value and remedy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from online_po.config import Config
+from online_po.errors import ConfigError
+from online_po.plan import estimate, make_plan, read_shape
+
+PROMPTS = [{"prompt": f"question {i}", "constraints": [{"type": "lowercase"}]} for i in range(20)]
+
+
+def parse(tmp_path, model, prompts=PROMPTS, **overrides) -> Config:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    data: dict = {
+        "run": {"name": "plan", "dir": str(tmp_path)},
+        "model": {"path": str(model)},
+        "prompts": {"path": str(path), "heldout_size": 4, "max_tokens": 96},
+        "loop": {"prompts_per_round": 8},
+        "generator": {"max_tokens": 16, "cpu_kv_cache_gib": 0.1},
+    }
+    for key, value in overrides.items():
+        section, _, name = key.partition("__")
+        data.setdefault(section, {})[name] = value
+    return Config.parse(data)
+
+
+def test_a_plan_counts_and_measures(tmp_path, tiny_model):
+    rows = [*PROMPTS, PROMPTS[0], {**PROMPTS[0], "prompt": "long " * 200}, {**PROMPTS[0], "prompt": " "}]
+    plan = make_plan(parse(tmp_path, tiny_model, rows))
+    assert len(plan.train) == 16 and plan.heldout is not None and len(plan.heldout) == 4
+    assert "1 duplicates" in plan.figures["train prompts"] and "1 too long" in plan.figures["train prompts"]
+    assert plan.figures["rounds"].startswith("3 of 8 prompts x 4 responses (1.50 epochs)")
+    assert plan.shape.context == 1024 and not plan.warnings
+
+
+def test_the_parameter_count_is_the_model_s(tmp_path, tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    counted = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
+    assert read_shape(parse(tmp_path, tiny_model), tiny_model).parameters == counted
+
+
+def test_lora_needs_less_and_more_ranks_share(tmp_path, tiny_model):
+    shape = read_shape(parse(tmp_path, tiny_model), tiny_model)
+    full = estimate(parse(tmp_path, tiny_model), shape)
+    assert estimate(parse(tmp_path, tiny_model, learner__lora={"rank": 4}), shape).learner < full.learner / 3
+    assert estimate(parse(tmp_path, tiny_model, learner__ranks=2), shape).learner == full.learner / 2
+    every = estimate(parse(tmp_path, tiny_model, pairs__strategy="all"), shape)
+    assert (full.pairs, every.pairs) == (8, 48)
+    assert estimate(parse(tmp_path, tiny_model, pairs__strategy="all", pairs__max_per_prompt=2), shape).pairs == 16
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model__path": "/nowhere/at/all"}, r"model.path is '/nowhere/at/all', but no such folder exists"),
+        ({"model__path": "nobody/nothing"}, r"model.path is 'nobody/nothing': no such local folder, and the hub"),
+        ({"prompts__path": "/nowhere.jsonl"}, r"prompts.path.*/nowhere.jsonl"),
+        ({"prompts__column": "promt"}, r"prompts.column.*'promt'.*prompt"),
+        ({"prompts__max_tokens": 5}, r"20 longer than prompts.max_tokens = 5: raise it"),
+        ({"loop__prompts_per_round": 17}, r"loop.prompts_per_round is 17, but only 16 prompts"),
+        ({"prompts__heldout_size": 20}, r"prompts.heldout_size"),
+        ({"generator__max_tokens": 1020, "prompts__max_tokens": 96}, r"generator.max_tokens is 1020 .* context of 1024"),
+        ({"generator__max_model_len": 4096}, r"generator.max_model_len is 4096, beyond .* 1,?024"),
+        ({"generator__cpu_kv_cache_gib": 1e-6}, r"generator.cpu_kv_cache_gib is 1e-06, but one sequence"),
+        ({"judge__kind": "python", "judge__function": "no_such_module:f"}, r"judge.function.*no_such_module"),
+        ({"judge__kind": "python", "judge__function": "json:nothing"}, r"judge.function.*nothing"),
+        ({"judge__kind": "python", "judge__function": "json:decoder"}, r"judge.function.*not (a function|callable)"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, tiny_model, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(parse(tmp_path, tiny_model, **overrides))
+
+
+def test_constraints_are_checked_before_the_run(tmp_path, tiny_model):
+    rows = [*PROMPTS, {"prompt": "q", "constraints": [{"type": "max_wrods", "n": 3}]}]
+    with pytest.raises(ConfigError, match="max_wrods.*did you mean 'max_words'"):
+        make_plan(parse(tmp_path, tiny_model, rows, prompts__heldout_size=0, eval__every=0))
+    with pytest.raises(ConfigError, match="judge.kind: rules reads the prompt column 'constraints'"):
+        make_plan(parse(tmp_path, tiny_model, [{"prompt": f"{i}"} for i in range(20)]))
+
+
+def test_models_that_cannot_be_used(tmp_path, tiny_model):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ConfigError, match=r"model.path .* without config.json"):
+        make_plan(parse(tmp_path, empty))
+    no_weights = tmp_path / "no_weights"
+    shutil.copytree(tiny_model, no_weights)
+    (no_weights / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"holds no \.safetensors file"):
+        make_plan(parse(tmp_path, no_weights))
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    (broken / "config.json").write_text('{"model_type": "no-such-type"}')
+    with pytest.raises(ConfigError, match="config.json is not one transformers knows"):
+        make_plan(parse(tmp_path, broken))
+    cut = tmp_path / "cut"
+    shutil.copytree(tiny_model, cut)
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"damaged or cut: model.safetensors"):
+        make_plan(parse(tmp_path, cut))
+
+
+def test_chat_prompts_need_a_chat_template(tmp_path):
+    from make_tiny_model import make_tiny_model
+
+    plain = make_tiny_model(tmp_path / "plain", chat_template=False)
+    with pytest.raises(ConfigError, match="prompts.apply_chat_template"):
+        make_plan(parse(tmp_path, plain))
+    assert len(make_plan(parse(tmp_path, plain, prompts__apply_chat_template=False)).train) == 16
+
+
+def test_a_missing_engine_is_found_without_importing_it(tmp_path, tiny_model, monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else real(name, *a))
+    with pytest.raises(ConfigError, match=r"vLLM is not installed.*generator.engine: transformers"):
+        make_plan(parse(tmp_path, tiny_model))
+    make_plan(parse(tmp_path, tiny_model, generator__engine="transformers"))
+
+
+def test_check_starts_nothing_and_exit_codes_are_kept(tmp_path, tiny_model):
+    path = tmp_path / "config.yaml"
+    path.write_text(parse(tmp_path, tiny_model).to_yaml())
+    code = (
+        "import sys, pathlib\n"
+        "from online_po.cli import main\n"
+        f"sys.argv = ['online-po', 'check', {str(path)!r}]\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "assert not {'ray', 'vllm'} & set(sys.modules)\n"
+        f"assert not pathlib.Path({str(tmp_path / 'plan')!r}).exists()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "optimizer steps" in done.stdout and "disk" in done.stdout
+    command = [sys.executable, "-m", "online_po.cli", "check", str(path), "loop.round=2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: loop.round: unknown key; did you mean 'rounds'?"
