@@ -1,0 +1,91 @@
+"""Writes the config reference into README.md from the pydantic models; `--check` only compares.
+
+python scripts/make_config_reference.py [--check]
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import typing
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from online_po.config import Config
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- config reference: begin (generated) -->", "<!-- config reference: end -->"
+
+
+def type_name(annotation: object) -> str:
+    """A type as a person writes it in YAML."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " \\| ".join(f"`{value}`" for value in args)
+    if origin in (typing.Union, types.UnionType):
+        return " \\| ".join(type_name(a) for a in args if a is not type(None)) + (
+            " \\| null" if type(None) in args else ""
+        )
+    if origin is typing.Annotated:
+        return "path" if "_expand" in repr(args) else type_name(args[0])
+    if origin is tuple:
+        return f"list of {type_name(args[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true/false"}[annotation.__name__]  # type: ignore[attr-defined]
+
+
+def section(name: str, model: type[BaseModel]) -> list[str]:
+    """One section as Markdown, its sub-sections after it."""
+    lines = [f"#### `{name}`", "", (model.__doc__ or "").strip(), "", "| key | type | default | what it does |"]
+    lines.append("|---|---|---|---|")
+    nested: list[str] = []
+    for key, field in model.model_fields.items():
+        sub = [field.annotation, *typing.get_args(field.annotation)]
+        for candidate in sub:
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                nested += ["", *section(f"{name}.{key}", candidate)]
+        metadata = next((m for m in field.metadata if "_expand" in repr(m)), None)
+        shown = "path" if metadata else type_name(field.annotation)
+        default = "required" if field.default is PydanticUndefined else f"`{_yaml(field.default)}`"
+        description = (field.description or model.__doc__ or "").replace("|", "\\|")
+        if any(isinstance(c, type) and issubclass(c, BaseModel) for c in sub):
+            description = description or f"See `{name}.{key}`."
+        lines.append(f"| `{key}` | {shown} | {default} | {description} |")
+    return lines + nested
+
+
+def _yaml(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(str, value)) + "]"
+    return str(value) if value != "" else '""'
+
+
+def reference() -> str:
+    """The whole reference, between its markers."""
+    lines = [BEGIN, "<details><summary>All sections and keys</summary>", ""]
+    for name, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type)
+        lines += [*section(name, field.annotation), ""]
+    return "\n".join([*lines, "</details>", END])
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN)
+    new = head + reference() + rest.split(END)[1]
+    if "--check" in sys.argv:
+        if new != text:
+            raise SystemExit("README.md: the config reference is out of date; run scripts/make_config_reference.py")
+        return
+    README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
