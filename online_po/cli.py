@@ -99,7 +99,9 @@ def _run(start: Callable[[list[Observer], Callable[[Plan], None]], RunResult]) -
     def interrupt(signal_number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    # SIGINT too: a shell starts background jobs with it ignored, and Python then leaves it so.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     console = ConsoleObserver()
     folder: list[Path] = []
 

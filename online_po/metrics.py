@@ -123,14 +123,15 @@ class SampleStats:
 
 def _centred(values: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """(R,) values minus the mean of their group."""
-    return values - np.repeat(np.add.reduceat(values, starts) / sizes, sizes)
+    centred = values - np.repeat(np.add.reduceat(values, starts) / sizes, sizes)
+    # A group of equal values leaves rounding dust, which is no variation.
+    return np.where(np.abs(centred) <= 1e-12 * np.abs(values), 0.0, centred)
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float | None:
     """Pearson correlation of two centred arrays; None where one of them does not vary."""
     xx, yy = float(x @ x), float(y @ y)
-    # Centring leaves rounding dust where a group's values are equal; that is no variation.
-    if xx <= 1e-12 * len(x) or yy <= 1e-24 * len(y):
+    if xx == 0 or yy == 0:
         return None
     return float(np.clip(x @ y / math.sqrt(xx * yy), -1.0, 1.0))
 

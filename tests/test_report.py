@@ -1,0 +1,207 @@
+"""The report and what it is read from: verdicts, escaping, unfinished runs, no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from online_po import files
+from online_po.report import write_report
+from online_po.report_charts import MAX_POINTS, charts, thin
+from online_po.run_view import (
+    duration,
+    interval,
+    load_run_view,
+    number,
+    phase_seconds,
+    sample_comparisons,
+    sample_pairs,
+    time_use,
+    verdict,
+)
+from tests.run_folder import make_run_folder
+
+
+class Page(HTMLParser):
+    """The elements of a page: tags with attributes, scripts with text, visible text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.text = ""
+        self.inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            self.scripts.append((self.tags[-1][1], data))
+        elif self.inside != "style":
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    return make_run_folder(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def page(run_folder) -> Page:
+    return Page(write_report(run_folder).read_text())
+
+
+def test_the_report_says_what_the_run_holds(run_folder, page):
+    text = re.sub(r"\s+", " ", page.text)
+    assert verdict(load_run_view(run_folder)).sentence in text
+    for expected in ("Preference pairs", "Before and after", "2.13.0+cpu", "all scores equal", "timed out"):
+        assert expected in text
+    assert "learning_rate:" in text, "the resolved config"
+    drawn = {attrs["data-chart"] for _, attrs in page.tags if "data-chart" in attrs}
+    data = next(json.loads(text) for attrs, text in page.scripts if attrs.get("id") == "chart-data")
+    assert set(data) == drawn | {"length"}
+    assert {"score", "win_rate", "loss", "kl", "time", "score_bins", "length_bins"} <= drawn
+
+
+def test_the_same_folder_gives_the_same_report(run_folder, tmp_path):
+    first = write_report(run_folder, tmp_path / "a.html").read_bytes()
+    assert first == write_report(run_folder, tmp_path / "b.html").read_bytes()
+
+
+def test_nothing_is_loaded_from_elsewhere(page):
+    for tag, attrs in page.tags:
+        assert tag not in ("link", "iframe", "img", "object", "base"), tag
+        assert "src" not in attrs
+        if tag == "a":
+            assert attrs["href"].startswith("#")
+    ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    assert {attrs["href"][1:] for tag, attrs in page.tags if tag == "a"} <= ids, "every link has its place"
+
+
+def test_only_the_reports_own_scripts_may_run(page):
+    policy = next(attrs["content"] for _, attrs in page.tags if "http-equiv" in attrs)
+    assert "default-src 'none'" in policy and "script-src 'sha256-" in policy
+    code = [text for attrs, text in page.scripts if attrs.get("type") != "application/json"]
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in code]
+    assert re.findall(r"'sha256-([^']+)'", policy) == hashes
+
+
+def test_markup_in_responses_stays_text(tmp_path):
+    evil = "</script></pre><script>alert(1)</script><img src=x onerror=alert(2)>&amp;{{ 7 * 7 }}"
+    folder = make_run_folder(tmp_path, rounds=1, text=evil)
+    config = (folder / "config.yaml").read_text()
+    files.write_text(folder / "config.yaml", config.replace("prompts.jsonl", "'</pre><script>alert(3)</script>'"))
+    page = Page(write_report(folder).read_text())
+    assert len(page.scripts) == 3, "the data, plotly.js and the report's own"
+    assert not [tag for tag, attrs in page.tags if tag == "img" or any(name.startswith("on") for name in attrs)]
+    assert page.text.count(evil) > 8, "shown as it was written"
+
+
+@pytest.mark.parametrize(
+    ("options", "tone", "words"),
+    [
+        ({"gain": 0.15}, "better", "rose from"),
+        ({"gain": -0.09}, "worse", "fell from"),
+        ({"gain": 0.0}, "unclear", "No clear change"),
+        ({"committed": 1, "gain": 0.2}, "better", "Unfinished: 1 of 3 rounds committed."),
+        ({"committed": 0}, "open", "there is no comparison yet"),
+        ({"gain": 0.3, "heldout": 8, "failing": 0}, "better", "too few for the intervals to be trusted"),
+    ],
+)
+def test_the_verdict_claims_no_more_than_the_intervals(tmp_path, options, tone, words):
+    folder = make_run_folder(tmp_path, **options)
+    found = verdict(load_run_view(folder))
+    assert (found.tone, words in found.sentence) == (tone, True), found.sentence
+    assert write_report(folder).exists()
+
+
+def test_a_run_that_has_only_begun_has_a_report(tmp_path):
+    folder = make_run_folder(tmp_path, committed=0)
+    for path in (folder / "rounds" / "000000").iterdir():
+        path.unlink()
+    (folder / "timeline.jsonl").unlink()
+    assert "has no evaluation yet" in write_report(folder).read_text()
+
+
+def test_a_line_cut_short_is_skipped(tmp_path):
+    folder = make_run_folder(tmp_path, rounds=1)
+    with (folder / "timeline.jsonl").open("a") as file:
+        file.write('{"phase": "gen')
+    assert len(load_run_view(folder).phases) == 12
+
+
+def test_an_evaluation_that_was_never_asked_for(tmp_path):
+    folder = make_run_folder(tmp_path, rounds=1)
+    config = (folder / "config.yaml").read_text()
+    files.write_text(folder / "config.yaml", re.sub(r"(eval:\n  every: )1", r"\g<1>0", config))
+    for path in folder.glob("rounds/*/eval.*"):
+        path.unlink()
+    view = load_run_view(folder)
+    assert view.finished
+    assert "eval.every is 0" in verdict(view).sentence
+
+
+def test_examples_are_drawn_without_looking_at_scores(run_folder):
+    rounds = load_run_view(run_folder).rounds
+    pairs = sample_pairs(rounds[1].folder, 5, seed=3)
+    assert pairs == sample_pairs(rounds[1].folder, 5, seed=3) != sample_pairs(rounds[1].folder, 5, seed=4)
+    assert len(sample_pairs(rounds[1].folder, 10_000, seed=3)) == rounds[1].summary["pairs"]
+    items = sample_comparisons(rounds[0].folder, rounds[-1].folder, 1000, seed=0)
+    assert len(items) == 47, "all but the prompt whose judgement failed"
+    assert {item["after"]["score"] > item["before"]["score"] for item in items} == {True, False}
+    assert all(item["before"]["prompt_id"] == item["after"]["prompt_id"] for item in items)
+
+
+def test_time_use_is_a_union_over_sessions(tmp_path):
+    folder = make_run_folder(tmp_path, committed=0)
+    lines = [
+        ("start", 0, 100.0, 10.0),
+        ("learn", 1, 112.0, 8.0),
+        ("generate", 2, 110.0, 6.0),  # overlaps learn by 4
+        ("commit", 1, 120.0, 2.0),
+        ("start", 0, 1000.0, 5.0),
+        ("generate", 3, 1005.0, 5.0),
+    ]
+    rows = [dict(zip(("phase", "round", "start", "seconds"), line, strict=True)) for line in lines]
+    (folder / "timeline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    view = load_run_view(folder)
+    assert time_use(view) == {"startup": 15.0, "wall": 12.0 + 5.0, "useful": 10.0 + 5.0}
+    assert phase_seconds(view)[2] == {"generate": 6.0}
+
+
+def test_many_rounds_and_steps_stay_small(tmp_path):
+    folder = make_run_folder(tmp_path, rounds=15, steps=100, prompts=6, heldout=6)
+    view = load_run_view(folder)
+    found = charts(view)
+    assert len(found["loss"]["series"][0]["x"]) <= MAX_POINTS
+    assert found["time"]["stack"] == "v"
+    assert found["loss"]["breaks"] == []
+    assert [r.number for r in view.table_rounds][::11] == [0, 15] and len(view.table_rounds) == 12
+    assert "12 of 16 policies, evenly spaced" in write_report(folder).read_text()
+    assert len(found["length_bins"]["series"]) == 5
+    assert thin([(float(i), 2.0 * i) for i in range(1200)])[0] == (0.5, 1.0)
+
+
+def test_numbers_for_people():
+    assert [number(x) for x in (0.1234, -12.345, 1234.5, None)] == ["0.123", "-12.35", "1234.5", "–"]
+    assert interval({"mean": 0.74, "low": 0.68, "high": 0.8}, percent=True) == "74% [68, 80]"
+    assert interval({"mean": 0.5, "low": None, "high": None}) == "0.500"
+    assert [duration(s) for s in (0.44, 42.4, 59.6, 185, 7810)] == [
+        "0.4 s",
+        "42 s",
+        "1 min 00 s",
+        "3 min 05 s",
+        "2 h 10 min",
+    ]
