@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,9 @@ TOKEN_COLUMNS = ["prompt_token_ids", "chosen_token_ids", "rejected_token_ids"]
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """A rank may wait this long for another, which may be reading or writing weights."""
+
+BLAME_SECONDS = 5.0
+"""How long to wait, after a rank's unexplained error, for the one that caused it."""
 
 
 class _Rank:
@@ -56,9 +60,7 @@ class _Rank:
             ranks = self.config.learner.ranks
             store = self.store if self.rank == 0 else dist.TCPStore(address, port, ranks, wait_for_workers=False)
             backend = "nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(
-                backend, store=store, rank=self.rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT
-            )
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)
         self.learner = TorchLearner(
             self.config.model,
             self.config.learner,
@@ -90,11 +92,14 @@ class LearnerGroup:
     def __init__(self, config: Config) -> None:
 
         ranks = config.learner.ranks
-        gpus = config.ray.learner_gpus
+        gpus, there = config.ray.learner_gpus, cluster.gpu_count()
         if gpus is None:
-            gpus = 1.0 if cluster.gpu_count() else 0.0
-        elif gpus > cluster.gpu_count():
-            raise ConfigError(f"ray.learner_gpus is {gpus}, but the cluster has {cluster.gpu_count()} GPUs; lower it")
+            gpus = 1.0 if there else 0.0
+        if gpus * ranks > there:
+            raise ConfigError(
+                f"learner.ranks is {ranks} with {gpus:g} GPUs each (ray.learner_gpus), but the cluster has {there}; "
+                "lower one of them"
+            )
         threads = config.learner.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
         environment = {
             "OMP_NUM_THREADS": str(threads),
@@ -102,6 +107,8 @@ class LearnerGroup:
             "TOKENIZERS_PARALLELISM": "false",
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic matrix products on GPUs need
         }
+        if gpus == 0:
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves the GPUs visible to an actor that asked for none
         actor = ray.remote(_Rank).options(num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment})
         self._ranks = [actor.remote(config, rank, threads) for rank in range(ranks)]
         meeting = self._ranks[0].rendezvous.remote() if ranks > 1 else None
@@ -110,22 +117,23 @@ class LearnerGroup:
     def ready(self, timeout: float) -> None:
         """Waits until every rank holds the model. Raises ConfigError if it cannot be loaded, OnlinePOError if it
         takes longer than `timeout` seconds."""
-        waiting = self._starting
+        waiting, deadline = self._starting, time.monotonic() + timeout
         try:
             while waiting:
-                done, waiting = ray.wait(waiting, timeout=timeout)
+                done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
                 if not done:
                     raise GetTimeoutError
                 ray.get(done)
         except GetTimeoutError as error:
             self.close()
             raise OnlinePOError(
-                f"the learner was not ready within ray.startup_timeout_s ({timeout:.0f} s were left for it); raise it, or "
-                "see that the cluster has the GPUs that learner.ranks and ray.learner_gpus ask for"
+                f"the learner was not ready within ray.startup_timeout_s ({timeout:.0f} s were left for it); raise "
+                "it, or see that the cluster has the GPUs that learner.ranks and ray.learner_gpus ask for"
             ) from error
         except RayError as error:
+            failure = self._failure(error, waiting)
             self.close()
-            raise _original(error) from error
+            raise failure from error
 
     def logps(self, pairs: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
         """See `online_po.protocols.Learner.logps`."""
@@ -173,8 +181,7 @@ class LearnerGroup:
                 ray.get(done)
             return ray.get(answer)
         except RayError as error:
-            self._give_up()
-            raise _original(error) from error
+            raise self._failure(error, waiting) from error
 
     def _stream(self, method: str, *args: Any) -> Iterator[Any]:
         """The same call on every rank; rank 0's answers as they come."""
@@ -185,8 +192,8 @@ class LearnerGroup:
             while waiting:
                 done, _ = ray.wait(waiting)
                 if done[0] is not answers:
-                    ray.get(done[0])
                     waiting.remove(done[0])
+                    ray.get(done[0])
                     continue
                 try:
                     answer = next(answers)
@@ -195,17 +202,27 @@ class LearnerGroup:
                     continue
                 yield ray.get(answer)
         except RayError as error:
-            self._give_up()
-            raise _original(error) from error
+            raise self._failure(error, [ref for ref in waiting if ref is not answers]) from error
 
     def _leader(self) -> Any:
         if not self._ranks:
             raise OnlinePOError("the learner was closed, or one of its ranks failed; start the run again, it resumes")
         return self._ranks[0]
 
-    def _give_up(self) -> None:
+    def _failure(self, error: RayError, waiting: list[Any]) -> Exception:
+        """What to raise for a rank's error. With several ranks the group ends, since it is no longer in step, and
+        an error made on purpose, or a rank's death, goes before the broken connections it left with the others."""
+        failures = [_original(error)]
         if len(self._ranks) > 1:
+            if not isinstance(failures[0], OnlinePOError) and waiting:
+                done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=BLAME_SECONDS)
+                for ref in done:
+                    try:
+                        ray.get(ref)
+                    except RayError as other:
+                        failures.append(_original(other))
             self.close()
+        return next((failure for failure in failures if isinstance(failure, OnlinePOError)), failures[0])
 
 
 def _original(error: RayError) -> Exception:
@@ -213,6 +230,7 @@ def _original(error: RayError) -> Exception:
     if isinstance(error, RayTaskError):
         return error.cause if isinstance(error.cause, OnlinePOError) else error
     return OnlinePOError(
-        f"a learner rank died: {str(error).strip().splitlines()[0]} (out of memory? lower learner.micro_batch_tokens, set "
-        "learner.gradient_checkpointing or learner.lora); start the run again, it resumes after the last committed round"
+        f"a learner rank died: {str(error).strip().splitlines()[0]} (out of memory? lower "
+        "learner.micro_batch_tokens, set learner.gradient_checkpointing or learner.lora); start the run again, it "
+        "resumes after the last committed round"
     )

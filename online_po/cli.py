@@ -34,10 +34,15 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Validate a config, load its tokenizer and prompts, print the plan. Starts nothing."""
     from online_po.config import Config
-    from online_po.console import print_plan
-    from online_po.plan import make_plan
+    from online_po.console import ConsoleObserver, print_plan
+    from online_po.launch import checked_plan
 
-    print_plan(make_plan(Config.from_yaml(config, overrides or [])))
+    screen = ConsoleObserver()
+    try:
+        plan = checked_plan(Config.from_yaml(config, overrides or []), screen)
+    finally:
+        screen.close()
+    print_plan(plan)
 
 
 @app.command()

@@ -17,12 +17,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from online_po.errors import ConfigError
 
 
-def _expand(value: str) -> str:
-    return os.path.expandvars(os.path.expanduser(value))
+def _local(value: str) -> str:
+    return os.path.abspath(os.path.expandvars(os.path.expanduser(value)))
 
 
-ExpandedPath = Annotated[str, AfterValidator(_expand)]
-"""A path in which `~` and environment variables are expanded; relative paths start at the working folder."""
+def _local_or_hub(value: str) -> str:
+    return _local(value) if os.path.exists(_local(value)) else os.path.expandvars(os.path.expanduser(value))
+
+
+LocalPath = Annotated[str, AfterValidator(_local)]
+"""A path on this machine: `~` and environment variables are expanded, a relative one starts at the working folder."""
+
+LocalOrHub = Annotated[str, AfterValidator(_local_or_hub)]
+"""The same where such a file or folder exists; else a name at the hub."""
 
 
 class Section(BaseModel):
@@ -33,7 +40,7 @@ class RunConfig(Section):
     """Where the run lives and what makes it repeatable."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
-    dir: ExpandedPath = Field("runs", description="Folder that holds run folders.")
+    dir: LocalPath = Field("runs", description="Folder that holds run folders.")
     seed: int = Field(0, ge=0, description="All randomness of the run comes from this number.")
     keep_checkpoints: int | None = Field(
         2,
@@ -47,7 +54,7 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """The starting model: local folder or hub id."""
 
-    path: ExpandedPath = Field(description="Local Hugging Face folder or hub id of the starting policy.")
+    path: LocalOrHub = Field(description="Local Hugging Face folder or hub id of the starting policy.")
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="Attention implementation of the learner (and of the transformers engine)."
@@ -57,8 +64,8 @@ class ModelConfig(Section):
 class PromptsConfig(Section):
     """Which prompts are sampled from, and which are held out for evaluation."""
 
-    path: ExpandedPath | None = Field(None, description="Prompt file: .jsonl, .parquet or .csv. Or give `dataset`.")
-    dataset: ExpandedPath | None = Field(
+    path: LocalPath | None = Field(None, description="Prompt file: .jsonl, .parquet or .csv. Or give `dataset`.")
+    dataset: LocalOrHub | None = Field(
         None, description="Name or local folder of a data set read through `datasets`. Or give `path`."
     )
     subset: str | None = Field(None, description="Configuration name of the data set.")
@@ -72,7 +79,7 @@ class PromptsConfig(Section):
     )
     max_tokens: int = Field(1024, ge=1, description="Longer prompts (in tokens, template included) are skipped.")
     limit: int | None = Field(None, ge=1, description="Use only the first so many prompts of the file.")
-    heldout_path: ExpandedPath | None = Field(
+    heldout_path: LocalPath | None = Field(
         None, description="Prompt file for evaluation; prompts that also stand in the training file are dropped there."
     )
     heldout_size: int = Field(
@@ -365,8 +372,8 @@ class Config(Section):
         kept = self.run.keep_checkpoints
         if kept is not None and kept <= self.loop.max_staleness:
             raise ValueError(
-                f"run.keep_checkpoints is {kept}, but with loop.max_staleness = {self.loop.max_staleness} older weights "
-                f"are still sampled from; keep at least {self.loop.max_staleness + 1}"
+                f"run.keep_checkpoints is {kept}, but with loop.max_staleness = {self.loop.max_staleness} older "
+                f"weights are still sampled from; keep at least {self.loop.max_staleness + 1}"
             )
         if self.eval.every == 0 and (self.prompts.heldout_path or self.prompts.heldout_size):
             raise ValueError("eval.every is 0 but held-out prompts are given; drop them or evaluate")
@@ -389,8 +396,8 @@ class Config(Section):
         return Path(self.run.dir) / self.run.name
 
     def identity(self) -> dict[str, Any]:
-        """Everything that shapes the run's results or its folder; `ray` may differ between two starts."""
-        return self.model_dump(mode="json", exclude={"ray"})
+        """Everything that shapes the run's results; where it lies and what it runs on may differ between two starts."""
+        return self.model_dump(mode="json", exclude={"ray": True, "run": {"name", "dir"}})
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

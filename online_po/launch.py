@@ -42,7 +42,8 @@ def run(
     """
     from online_po.report import write_report
 
-    plan = make_plan(config)
+    told = CompositeObserver(observers or [])
+    plan = checked_plan(config, told)
     if on_plan is not None:
         on_plan(plan)
     ledger = Ledger.create(config.run_dir, config, _run_info(plan))
@@ -61,6 +62,12 @@ def run(
     return RunResult(run_dir=ledger.root, evaluations=evaluations, report=report)
 
 
+def checked_plan(config: Config, observer: Observer) -> Plan:
+    """`make_plan`, with its progress shown: tokenising many prompts takes a while."""
+    with observer.phase("check", 0):
+        return make_plan(config, lambda done, total: observer.progress("check", done, total))
+
+
 def resume(
     run_dir: Path, observers: list[Observer] | None = None, on_plan: Callable[[Plan], None] | None = None
 ) -> RunResult:
@@ -72,9 +79,8 @@ def resume(
 
 
 def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: PhaseTimer) -> list[dict[str, Any]]:
-    from actors.generators import GeneratorGroup
-
     from actors import cluster
+    from actors.generators import GeneratorGroup
     from actors.judges import JudgeGroup
     from actors.learners import LearnerGroup
     from online_po.loop import run_rounds

@@ -20,11 +20,9 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from online_po import policy_model
@@ -33,14 +31,15 @@ from online_po.config import LearnerConfig, LossConfig, ModelConfig
 from online_po.errors import ConfigError, OnlinePOError
 from online_po.logps import LogpModel, require_known_head
 from online_po.losses import LossInputs, pair_losses
+from online_po.optimizer import build_optimizer, clip_gradients, optimizer_tensors, read_optimizer, write_optimizer
 from online_po.schedule import learning_rate, run_progress
 from online_po.seeds import stable_seed
 from online_po.types import Policy
 
 STATE_VERSION = 1
-MOMENTS = ("exp_avg", "exp_avg_sq")
+OPTIMIZER_FILE = "optimizer.safetensors"
 
-# Sums over pairs, in this order; two more follow: pairs of the step, and pairs whose margin is above zero.
+# What is summed over pairs, in this order; entropies and the number of response tokens follow.
 PAIR_SUMS = (
     "loss",
     "margin",
@@ -75,7 +74,9 @@ class TorchLearner:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         if self.ranks != learner.ranks:
-            raise ConfigError(f"learner.ranks is {learner.ranks}, but this process is one of {self.ranks}; make them equal")
+            raise ConfigError(
+                f"learner.ranks is {learner.ranks}, but this process is one of {self.ranks}; make them equal"
+            )
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -83,14 +84,16 @@ class TorchLearner:
         self.param_dtype: torch.dtype = getattr(torch, learner.param_dtype)
         self.compute_dtype: torch.dtype = getattr(torch, learner.compute_dtype)
         self.model, self.scorer = self._build()
-        self.optimizer = self._build_optimizer()
+        self.optimizer = build_optimizer(self._trained(), learner)
         self.version: int | None = 0
         """The policy version whose weights are held; None between an optimizer step and the next save."""
         if self.rank == 0:
             try:
                 self.tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
             except (OSError, ValueError) as error:
-                raise ConfigError(f"model.path is {model.path!r}, which has no tokenizer that loads: {error}") from error
+                raise ConfigError(
+                    f"model.path is {model.path!r}, which has no tokenizer that loads: {error}"
+                ) from error
 
     # -- construction ------------------------------------------------------------------------------
 
@@ -118,20 +121,6 @@ class TorchLearner:
         mesh = init_device_mesh(self.device.type, (self.ranks,))
         policy_model.shard(scorer, layers, mesh, self.compute_dtype, whole)
         return model, scorer
-
-    def _build_optimizer(self) -> torch.optim.AdamW:
-        """AdamW; biases and norm weights (fewer than two dimensions) do not decay."""
-        trained = self._trained().values()
-        return torch.optim.AdamW(
-            [
-                {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.config.weight_decay},
-                {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-            ],
-            lr=self.config.learning_rate,
-            betas=self.config.betas,
-            eps=self.config.eps,
-            fused=True,
-        )
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -223,7 +212,8 @@ class TorchLearner:
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
                 where = f"round {round_}, step {step + 1} of {steps}"
-                with self._lora_dropout(round_, step):
+                dropout_seed = stable_seed(self.seed, "dropout", round_, step, self.rank)
+                with policy_model.lora_dropout(self.model, dropout_seed):
                     metrics = self._step(tokens, rows, known, where)
                 yield metrics | {"learning_rate": rate}
                 step += 1
@@ -240,7 +230,7 @@ class TorchLearner:
         if known.start is None:
             del metrics["kl_start"]
         metrics["entropy"] = entropy / max(1.0, response_tokens)
-        metrics["grad_norm"] = self._clip()
+        metrics["grad_norm"] = clip_gradients(list(self._trained().values()), self.config.max_grad_norm)
         self._require_finite(metrics, where)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -287,43 +277,16 @@ class TorchLearner:
         """(2, m) float32 of the pairs' fixed logps, chosen and rejected."""
         return torch.from_numpy(np.stack([logps["chosen"][rows], logps["rejected"][rows]])).float().to(self.device)
 
-    def _clip(self) -> float:
-        """Scales all gradients so that their norm is at most `max_grad_norm`; returns the norm before."""
-        gradients = [p.grad for p in self._trained().values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        total = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        if total > self.config.max_grad_norm:
-            parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-            torch._foreach_mul_(parts, self.config.max_grad_norm / total)
-        return total
-
     def _require_finite(self, metrics: dict[str, float], where: str) -> None:
         bad = {name: metrics[name] for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])}
         if bad:
             self.optimizer.zero_grad()
             seen = ", ".join(f"{name} is {value}" for name, value in bad.items())
             raise OnlinePOError(
-                f"{where}: {seen} (mean chosen logp {metrics['chosen_logps']:.4g}, rejected {metrics['rejected_logps']:.4g}); "
-                "the step was not applied. Lower learner.learning_rate or learner.max_grad_norm, raise "
-                "learner.warmup_ratio, or use learner.compute_dtype: float32"
+                f"{where}: {seen} (mean logps: chosen {metrics['chosen_logps']:.4g}, rejected "
+                f"{metrics['rejected_logps']:.4g}); the step was not applied. Lower learner.learning_rate or "
+                "learner.max_grad_norm, raise learner.warmup_ratio, or use learner.compute_dtype: float32"
             )
-
-    @contextmanager
-    def _lora_dropout(self, round_: int, step: int) -> Iterator[None]:
-        """LoRA dropout for one step, drawn from (run seed, round, step, rank). The model's own stays off."""
-        if self.config.lora is None or self.config.lora.dropout == 0:
-            yield
-            return
-        dropouts = [m for name, m in self.model.named_modules() if isinstance(m, nn.Dropout) and ".lora_dropout." in name]
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(stable_seed(self.seed, "dropout", round_, step, self.rank))
-            for dropout in dropouts:
-                dropout.train()
-            try:
-                yield
-            finally:
-                for dropout in dropouts:
-                    dropout.eval()
 
     # -- weights -----------------------------------------------------------------------------------
 
@@ -335,7 +298,7 @@ class TorchLearner:
             self._reshard()
             return
         tensors = policy_model.policy_tensors(self.model)
-        kept = {name: _local(tensor).detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        kept = {name: policy_model.local(tensor).detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         try:
             self._take(policy)
             yield
@@ -343,7 +306,7 @@ class TorchLearner:
             self._reshard()
             with torch.no_grad():
                 for name, tensor in tensors.items():
-                    _local(tensor).copy_(kept[name])
+                    policy_model.local(tensor).copy_(kept[name])
 
     def _take(self, policy: Policy) -> None:
         """Writes a committed policy's weights into the model."""
@@ -360,8 +323,8 @@ class TorchLearner:
             if whole.keys() != tensors.keys():
                 odd = ", ".join(sorted(whole.keys() ^ tensors.keys())[:3])
                 raise OnlinePOError(
-                    f"the policy in {str(policy.path)!r} is not one of this run: it differs in {odd}; give the run its own "
-                    "folder, made with the same learner.lora"
+                    f"the policy in {str(policy.path)!r} is not one of this run: it differs in {odd}; give the run "
+                    "its own folder, made with the same learner.lora"
                 )
         for name, tensor in tensors.items():
             policy_model.spread(whole[name] if whole is not None else None, tensor)
@@ -369,16 +332,15 @@ class TorchLearner:
     def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> None:
         """See `online_po.protocols.Learner.save`. The trainer folder does not depend on the number of ranks."""
         whole = {name: policy_model.gather(t) for name, t in policy_model.policy_tensors(self.model).items()}
-        moments: dict[str, Tensor] = {}
-        for name, parameter in self._trained().items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                moments[f"{name}/{key}"] = policy_model.gather(value)
         if self.rank == 0:
             policy_model.write_policy(policy_dir, self.model, whole)
             if self.config.lora is None:
                 self.tokenizer.save_pretrained(policy_dir)
+        del whole  # before the moments, which are twice as large
+        moments = optimizer_tensors(self.optimizer, self._trained())
+        if self.rank == 0:
             trainer_dir.mkdir(parents=True, exist_ok=True)
-            save_file(moments, trainer_dir / "optimizer.safetensors")
+            write_optimizer(trainer_dir / OPTIMIZER_FILE, moments)
             state = {"format": STATE_VERSION, "version": round_, "torch": torch.__version__}
             (trainer_dir / "trainer.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         self._barrier()
@@ -393,22 +355,9 @@ class TorchLearner:
                 f"{state['format']}), not of {policy.version} (format {STATE_VERSION}); give the folders of one round"
             )
         self._take(policy)
-        stored = load_file(trainer_dir / "optimizer.safetensors")
-        self.optimizer.state.clear()
-        for name, parameter in self._trained().items():
-            if f"{name}/step" not in stored:
-                continue
-            fresh = {"step": stored[f"{name}/step"].to(self.device)}
-            for key in MOMENTS:
-                fresh[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                policy_model.spread(stored[f"{name}/{key}"] if self.rank == 0 else None, fresh[key])
-            self.optimizer.state[parameter] = fresh
+        read_optimizer(trainer_dir / OPTIMIZER_FILE, self.optimizer, self._trained())
         self.version = policy.version
 
     def _barrier(self) -> None:
         if self.ranks > 1:
             dist.barrier()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

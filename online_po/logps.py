@@ -85,6 +85,7 @@ def require_known_head(model: PreTrainedModel, name: str) -> None:
     error = (found - expected).abs().max().item()
     if not error <= tolerance:  # also where it is NaN
         raise ConfigError(
-            f"model.path is {name!r}: {type(model).__name__} turns hidden states into logits in a way the learner does "
-            f"not know (log-probabilities differ by {error:.3g}); use a model with a plain, scaled or soft-capped LM head"
+            f"model.path is {name!r}: {type(model).__name__} turns hidden states into logits in a way the learner "
+            f"does not know (log-probabilities differ by {error:.3g}); use a model with a plain, scaled or "
+            "soft-capped LM head"
         )

@@ -77,11 +77,11 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
             "train on; lower it or give more prompts"
         )
     longest = max(int(p.token_counts.max()) for p in (train, heldout) if p is not None)
-    need = longest + config.generator.max_tokens
-    if need > shape.context:
+    length = longest + config.generator.max_tokens
+    if length > shape.context:
         raise ConfigError(
             f"generator.max_tokens is {config.generator.max_tokens} and the longest prompt has {longest} tokens: "
-            f"together {need}, beyond the model's context of {shape.context}; lower generator.max_tokens or "
+            f"together {length}, beyond the model's context of {shape.context}; lower generator.max_tokens or "
             "prompts.max_tokens"
         )
     if config.generator.max_model_len is not None and config.generator.max_model_len > shape.context:
@@ -161,7 +161,9 @@ def read_shape(config: Config, model_path: Path) -> ModelShape:
     try:
         parameters = sum(_count_weights(path) for path in weights)
     except SafetensorError as error:
-        raise ConfigError(f"model.path is {config.model.path!r}, with a file that is damaged or cut: {error}") from error
+        raise ConfigError(
+            f"model.path is {config.model.path!r}, with a file that is damaged or cut: {error}"
+        ) from error
     heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     return ModelShape(

@@ -92,11 +92,11 @@ def _explained(config: ModelConfig) -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "attn" in reason or "attention" in reason.lower():
             raise ConfigError(
-                f"model.attention is {config.attention!r}, which {config.path!r} cannot use here: {reason}; use sdpa or "
-                "eager"
+                f"model.attention is {config.attention!r}, which {config.path!r} cannot use here: {reason}; use sdpa "
+                "or eager"
             ) from error
         if isinstance(error, OSError) and not Path(config.path).exists():
-            remedy = "no such folder, and no such model at the hub or in its cache (with HF_HUB_OFFLINE=1 only the cache)"
+            remedy = "no such folder, and no such model at the hub (with HF_HUB_OFFLINE=1: in its cache)"
         else:
             remedy = "it must be a folder or hub id of a causal language model with config.json and weights"
         raise ConfigError(f"model.path is {config.path!r}, which cannot be loaded: {remedy}. {reason}") from error
@@ -124,7 +124,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, path: str, seed: int)
         task_type="CAUSAL_LM",
         base_model_name_or_path=path,
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank: a float serves
+        lora_alpha=lora.alpha,  # PEFT divides it by the rank: a float serves
         lora_dropout=lora.dropout,
         target_modules=targets,
         bias="none",
@@ -152,7 +152,23 @@ def checkpoint_activations(layers: list[nn.Module]) -> None:
 
     transformers' own switch works only in training mode, where dropout would come alive."""
     for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+@contextmanager
+def lora_dropout(model: nn.Module, seed: int) -> Iterator[None]:
+    """LoRA's dropout is on inside the block, drawn from `seed` alone; the model's own stays off."""
+    dropouts = [m for name, m in model.named_modules() if isinstance(m, nn.Dropout) and ".lora_dropout." in name]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for dropout in dropouts:
+            dropout.train()
+        try:
+            yield
+        finally:
+            for dropout in dropouts:
+                dropout.eval()
 
 
 # -- shards ----------------------------------------------------------------------------------------
@@ -185,26 +201,36 @@ def shard(
         spread(from_rank_0[name] if from_rank_0 is not None else None, buffer)
 
 
+def is_rank_0() -> bool:
+    """True on the rank that reads and writes, and where there is only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor; writing to it writes to the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gather(tensor: Tensor) -> Tensor:
-    """The whole tensor on the CPU, on every rank; all ranks must call it. It may be `tensor` itself."""
+    """The whole tensor on rank 0's CPU, maybe `tensor` itself; empty elsewhere. All ranks must call it."""
     tensor = tensor.detach()
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.cpu()
+    return whole.cpu() if is_rank_0() else torch.empty(0)
 
 
 @torch.no_grad()
 def spread(whole: Tensor | None, into: Tensor) -> None:
-    """Writes rank 0's `whole` into every rank's part of `into`; all ranks must call it, others with None."""
+    """Writes rank 0's `whole` into every rank's part of `into`; all ranks must call it. What the others pass is
+    not looked at."""
     if not dist.is_initialized():
         assert whole is not None
         into.copy_(whole)
         return
-    device = into.device
-    whole = torch.empty(into.shape, dtype=into.dtype, device=device) if whole is None else whole.to(into.dtype)
-    whole = whole.to(device).contiguous()
+    if whole is None or not is_rank_0():
+        whole = torch.empty(into.shape, dtype=into.dtype, device=into.device)
+    whole = whole.to(into.device, into.dtype).contiguous()
     if isinstance(into, DTensor):
-        part = distribute_tensor(whole, into.device_mesh, into.placements)
-        into.to_local().copy_(part.to_local())
+        local(into).copy_(local(distribute_tensor(whole, into.device_mesh, into.placements)))
     else:
         dist.broadcast(whole, 0)
         into.copy_(whole)
@@ -233,7 +259,9 @@ def read_policy(path: Path, config: ModelConfig, dtype: torch.dtype, is_adapter:
     """`policy_tensors` of a policy folder, on the CPU."""
     if is_adapter:
         return load_file(path / ADAPTER_FILE)
-    source = config.model_copy(update={"path": str(path), "revision": config.revision if str(path) == config.path else None})
+    source = config
+    if str(path) != config.path:  # a revision is the starting model's
+        source = config.model_copy(update={"path": str(path), "revision": None})
     return {name: tensor.detach() for name, tensor in policy_tensors(load_causal_lm(source, dtype)).items()}
 
 
@@ -248,7 +276,7 @@ def write_policy(path: Path, model: PreTrainedModel | PeftModel, tensors: dict[s
     save_file(tensors, path / ADAPTER_FILE, metadata={"format": "pt"})
     settings = model.peft_config["default"]
     # A set in PEFT, in another order every run; the file must be the same every run.
-    settings.target_modules = sorted(settings.target_modules)  # type: ignore[attr-defined]
+    settings.target_modules = sorted(settings.target_modules)
     trained, settings.inference_mode = settings.inference_mode, True
     settings.save_pretrained(str(path))
     settings.inference_mode = trained

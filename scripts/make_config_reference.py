@@ -29,7 +29,7 @@ def type_name(annotation: object) -> str:
             " \\| null" if type(None) in args else ""
         )
     if origin is typing.Annotated:
-        return "path" if "_expand" in repr(args) else type_name(args[0])
+        return "path" if "_local" in repr(args) else type_name(args[0])
     if origin is tuple:
         return f"list of {type_name(args[0])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -47,7 +47,7 @@ def section(name: str, model: type[BaseModel]) -> list[str]:
         for candidate in sub:
             if isinstance(candidate, type) and issubclass(candidate, BaseModel):
                 nested += ["", *section(f"{name}.{key}", candidate)]
-        metadata = next((m for m in field.metadata if "_expand" in repr(m)), None)
+        metadata = next((m for m in field.metadata if "_local" in repr(m)), None)
         shown = "path" if metadata else type_name(field.annotation)
         default = "required" if field.default is PydanticUndefined else f"`{_yaml(field.default)}`"
         description = (field.description or model.__doc__ or "").replace("|", "\\|")

@@ -175,7 +175,7 @@ def test_an_unwritable_run_dir_is_a_config_error(tmp_path):
         Ledger.create(config.run_dir, config, {})
 
 
-@pytest.mark.parametrize("text", ["[Errno 28] No space left on device", "I/O error: No space left on device (os error 28)"])
+@pytest.mark.parametrize("text", ["[Errno 28] No space left on device", "I/O: No space left on device (os error 28)"])
 def test_a_full_disk_leaves_nothing_torn_and_says_so(ledger, text):
     write_round(ledger, 1)
     with pytest.raises(LedgerError, match="no space left for .* free some space"), ledger.weights(1) as (p, _):

@@ -142,7 +142,7 @@ def test_responses_and_judgements_of_a_stopped_round_are_not_made_again(tmp_path
     judged = list(parts.judges.judged)
     again = make_parts(config)
     run_rounds(again)
-    first = [entry for entry in again.generator.log if entry[0] == "generate"][0]
+    first = next(entry for entry in again.generator.log if entry[0] == "generate")
     assert first == ("generate", 2, 0)
     assert not set(judged[4:]) & set(again.judges.judged[:2])
 

@@ -68,7 +68,10 @@ def test_lora_needs_less_and_more_ranks_share(tmp_path, tiny_model):
         ({"prompts__max_tokens": 5}, r"20 longer than prompts.max_tokens = 5: raise it"),
         ({"loop__prompts_per_round": 17}, r"loop.prompts_per_round is 17, but only 16 prompts"),
         ({"prompts__heldout_size": 20}, r"prompts.heldout_size"),
-        ({"generator__max_tokens": 1020, "prompts__max_tokens": 96}, r"generator.max_tokens is 1020 .* context of 1024"),
+        (
+            {"generator__max_tokens": 1020, "prompts__max_tokens": 96},
+            r"generator.max_tokens is 1020 .* context of 1024",
+        ),
         ({"generator__max_model_len": 4096}, r"generator.max_model_len is 4096, beyond .* 1,?024"),
         ({"generator__cpu_kv_cache_gib": 1e-6}, r"generator.cpu_kv_cache_gib is 1e-06, but one sequence"),
         ({"judge__kind": "python", "judge__function": "no_such_module:f"}, r"judge.function.*no_such_module"),

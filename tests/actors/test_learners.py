@@ -1,0 +1,120 @@
+"""The learner's ranks as Ray actors. What they compute is tested without Ray in test_learner*.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from actors.learners import LearnerGroup
+from make_tiny_model import make_tiny_model
+from online_po.config import Config
+from online_po.errors import ConfigError, OnlinePOError
+from online_po.types import Policy
+from tests.learner_setup import collect_logps, make_pairs
+
+pytestmark = pytest.mark.distributed
+PAIRS = make_pairs(12)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"), kv_heads=2)
+
+
+def make_config(model: Path | str, ranks: int = 1, **ray_section: Any) -> Config:
+    return Config.parse(
+        {
+            "run": {"name": "test"},
+            "model": {"path": str(model)},
+            "prompts": {"path": "prompts.jsonl", "heldout_size": 1},
+            "learner": {
+                "ranks": ranks, "threads": 1, "global_batch_size": 4, "learning_rate": 1e-3, "eps": 1e-4,
+            },
+            "ray": ray_section,
+        }
+    )  # fmt: skip
+
+
+def work(group: LearnerGroup, model: Path, out: Path) -> dict[str, Any]:
+    """A round, a save, and the same answers again after a load."""
+    group.ready(120)
+    reference = collect_logps(group.logps, PAIRS, Policy(version=0, path=model))
+    steps = list(group.update(1, PAIRS, reference, reference))
+    group.save(1, out / "policy", out / "trainer")
+    probe = group.token_logps([5, 6, 7, 8])
+    list(group.update(2, PAIRS, reference, None))
+    assert group.token_logps([5, 6, 7, 8]) != probe
+    group.load(Policy(version=1, path=out / "policy"), out / "trainer")
+    assert group.token_logps([5, 6, 7, 8]) == probe
+    return {"reference": reference, "steps": steps, "probe": probe}
+
+
+def test_one_rank_and_two_do_the_same_work(model: Path, tmp_path: Path) -> None:
+    found = []
+    for ranks in (1, 2):
+        group = LearnerGroup(make_config(model, ranks))
+        found.append(work(group, model, tmp_path / str(ranks)))
+        group.close()
+    one, two = found
+    for side in ("chosen", "rejected"):
+        np.testing.assert_allclose(two["reference"][side], one["reference"][side], rtol=2e-6, atol=1e-5)
+    assert len(one["steps"]) == 3
+    for step, other in zip(one["steps"], two["steps"], strict=True):
+        for name in ("loss", "margin", "grad_norm", "entropy", "tokens", "pairs", "kl_start"):
+            assert other[name] == pytest.approx(step[name], rel=1e-4, abs=2e-5), name
+    assert two["probe"] == pytest.approx(one["probe"], abs=2e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_errors_keep_their_type_and_words(model: Path, ranks: int) -> None:
+    lost, group = LearnerGroup(make_config("/no/such/model", ranks)), LearnerGroup(make_config(model, ranks))
+    with pytest.raises(ConfigError, match=r"^model.path is '/no/such/model', which cannot be loaded") as caught:
+        lost.ready(120)
+    assert type(caught.value) is ConfigError
+    group.ready(120)
+    broken = {side: np.full(12, np.nan, np.float32) for side in ("chosen", "rejected")}
+    with pytest.raises(OnlinePOError, match=r"^round 1, step 1 of 3: loss is nan"):
+        list(group.update(1, PAIRS, broken, None))
+    group.close()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_rank_ends_the_call_and_the_group(model: Path, victim: int) -> None:
+    group = LearnerGroup(make_config(model, ranks=2))
+    group.ready(120)
+    pid = ray.get(group._ranks[victim].__ray_call__.remote(lambda _self: os.getpid()))
+    reference = collect_logps(group.logps, PAIRS, Policy(version=0, path=model))
+    with pytest.raises(OnlinePOError, match="a learner rank died"):
+        steps = group.update(1, PAIRS, reference, None)
+        next(steps)
+        os.kill(pid, signal.SIGKILL)
+        list(steps)
+        group.token_logps([5, 6])  # where the update was over before the rank was
+    with pytest.raises(OnlinePOError, match="was closed, or one of its ranks failed"):
+        group.token_logps([5, 6])
+
+
+def test_waiting_for_gpus_that_are_not_there(model: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"learner.ranks is 1 with 1 GPUs each .ray.learner_gpus., but the cluster has 0"
+    ):
+        LearnerGroup(make_config(model, learner_gpus=1))
+
+
+def test_start_up_that_takes_too_long(model: Path) -> None:
+    with pytest.raises(OnlinePOError, match=r"not ready within ray.startup_timeout_s"):
+        LearnerGroup(make_config(model)).ready(0.01)

@@ -1,0 +1,92 @@
+"""What the learner's tests share: random pairs, configs, and one call that collects logps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from online_po.config import LearnerConfig, LossConfig, ModelConfig
+from online_po.tables import PAIR_SCHEMA
+from online_po.types import Policy
+
+VOCABULARY = 384
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and waiting for each other on a busy machine costs seconds."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_pairs(count: int, seed: int = 0) -> pa.Table:
+    """Random pairs of ragged lengths (prompt 1 to 9 tokens, responses 1 to 14)."""
+    rng = np.random.default_rng(seed)
+
+    def sequences(longest: int) -> list[list[int]]:
+        return [rng.integers(4, VOCABULARY, rng.integers(1, longest)).tolist() for _ in range(count)]
+
+    columns = {
+        "prompt_token_ids": sequences(10),
+        "chosen_token_ids": sequences(15),
+        "rejected_token_ids": sequences(15),
+    }
+    return pa.Table.from_pylist(
+        [{name: values[i] for name, values in columns.items()} for i in range(count)], schema=PAIR_SCHEMA
+    )
+
+
+def learner_config(**changes: Any) -> LearnerConfig:
+    """A learning rate that moves a tiny model visibly in a few steps, and micro-batches of a few pairs."""
+    return LearnerConfig(**({"learning_rate": 1e-3, "global_batch_size": 8, "micro_batch_tokens": 160} | changes))
+
+
+def make_learner(model: Path, config: LearnerConfig, **loss: Any) -> Any:
+    from online_po.learner import TorchLearner
+
+    return TorchLearner(ModelConfig(path=str(model)), config, LossConfig(**loss), seed=7, rounds=3)
+
+
+def collect_logps(logps: Callable[..., Any], pairs: pa.Table, policy: Policy) -> dict[str, np.ndarray]:
+    """{"chosen": (N,), "rejected": (N,)}; fails unless every pair came exactly once."""
+    found = {name: np.full(pairs.num_rows, np.nan, dtype=np.float32) for name in ("chosen", "rejected")}
+    for batch in logps(pairs, policy):
+        for name, values in found.items():
+            assert np.isnan(values[batch["row"]]).all()
+            assert batch[name].dtype == np.float32
+            values[batch["row"]] = batch[name]
+    assert not any(np.isnan(values).any() for values in found.values())
+    return found
+
+
+def start(model: Path) -> Policy:
+    return Policy(version=0, path=model)
+
+
+def train(learner: Any, round_: int, pairs: pa.Table, reference: dict[str, np.ndarray]) -> list[dict[str, float]]:
+    """One round's metrics, but for the clock's."""
+    steps = list(learner.update(round_, pairs, reference, None))
+    return [{name: value for name, value in step.items() if name != "seconds"} for step in steps]
+
+
+def plain_logps(lm: Any, pairs: pa.Table, side: str) -> np.ndarray:
+    """(N,) response logps of a transformers model, one sequence at a time from full logits."""
+    import torch
+
+    found = []
+    for row in pairs.to_pylist():
+        prompt, response = row["prompt_token_ids"], row[f"{side}_token_ids"]
+        ids = torch.tensor([prompt + response])
+        with torch.no_grad():
+            logps = torch.log_softmax(lm(input_ids=ids).logits[0, :-1], dim=-1)
+        found.append(logps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum().item())
+    return np.array(found, dtype=np.float32)

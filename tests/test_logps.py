@@ -1,0 +1,183 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from online_po import logps as logps_module
+from online_po.batching import MicroBatch, PairTokens, collate
+from online_po.errors import ConfigError
+from online_po.logps import LogpModel, require_known_head
+from tests.learner_setup import VOCABULARY, make_pairs, one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "llama-tied": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**SHAPE),
+    # The window is shorter than the rows, and both softcaps are on.
+    "gemma2": lambda: Gemma2Config(**SHAPE, sliding_window=8, final_logit_softcapping=5.0, query_pre_attn_scalar=16),
+    "granite": lambda: GraniteConfig(**SHAPE, logits_scaling=3.0),
+    "cohere": lambda: CohereConfig(**SHAPE, logit_scale=0.3),
+}
+
+
+def make_model(kind: str, attention: str = "sdpa") -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation=attention).float().eval()
+
+
+def make_batch() -> tuple[MicroBatch, torch.Tensor]:
+    """Six pairs of ragged lengths, and the attention mask that marks their real tokens."""
+    tokens = PairTokens(make_pairs(6, seed=3))
+    batch = collate(tokens, np.arange(6))
+    mask = torch.zeros(batch.input_ids.shape, dtype=torch.long)
+    lengths = [len(tokens.prompt[i % 6]) + batch.lengths[i] for i in range(12)]
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
+    return batch, mask
+
+
+def run(model: PreTrainedModel, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    arrays = (batch.input_ids, batch.positions, batch.targets)
+    ids, positions, targets = (torch.from_numpy(array) for array in arrays)
+    return LogpModel(model)(ids, positions, targets, with_entropy=True)
+
+
+def plain(model: PreTrainedModel, batch: MicroBatch, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from full logits of the model's own forward, padding masked."""
+    logits = model(input_ids=torch.from_numpy(batch.input_ids), attention_mask=mask).logits.float()
+    logps = torch.log_softmax(logits, dim=-1).flatten(0, 1)[torch.from_numpy(batch.positions)]
+    return logps.gather(1, torch.from_numpy(batch.targets)[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
+
+
+def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_logps_entropies_and_gradients_equal_full_logits(
+    kind: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(logps_module.CHUNK_LOGITS, "cpu", 7 * VOCABULARY)  # chunks of 7 tokens, the last ragged
+    model = make_model(kind, attention)
+    batch, mask = make_batch()
+    weights = torch.linspace(-1, 1, len(batch.targets))
+
+    logps, entropies = run(model, batch)
+    assert not entropies.requires_grad
+    (logps * weights).sum().backward()
+    found = gradients(model)
+
+    expected_logps, expected_entropies = plain(model, batch, mask)
+    (expected_logps * weights).sum().backward()
+    expected = gradients(model)
+
+    torch.testing.assert_close(logps, expected_logps, rtol=2e-6, atol=5e-6)
+    torch.testing.assert_close(entropies, expected_entropies, rtol=2e-6, atol=5e-6)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=2e-5 * scale, msg=name)
+
+
+def test_padding_changes_nothing() -> None:
+    model = make_model("gemma2")
+    batch, _ = make_batch()
+    noise = batch.input_ids.copy()
+    real = np.zeros(noise.size, dtype=bool)
+    real[batch.positions] = real[batch.positions + 1] = True
+    width = noise.shape[1]
+    for row in range(len(noise)):  # prompts: everything left of a row's first predicting place
+        own = batch.positions[(batch.positions // width) == row]
+        real[row * width : own.min()] = True
+    noise.flat[~real] = 99
+    assert (noise != batch.input_ids).any()
+    padded = MicroBatch(input_ids=noise, positions=batch.positions, targets=batch.targets, lengths=batch.lengths)
+    with torch.no_grad():
+        assert torch.equal(run(model, batch)[0], run(model, padded)[0])
+
+
+def test_logits_of_the_whole_batch_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = 4
+    monkeypatch.setitem(logps_module.CHUNK_LOGITS, "cpu", chunk * VOCABULARY)
+    model = make_model("llama")
+    batch, _ = make_batch()
+    saved: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-1:] == (VOCABULARY,):
+            saved.append(tensor.shape[0])
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(model, batch)
+    assert saved == []  # nothing as wide as the vocabulary is kept for backward
+    heads: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: heads.append(out.shape[0]))
+    run(model, batch)[0].sum().backward()
+    forward = -(-len(batch.targets) // chunk)
+    assert max(heads) == chunk and sum(heads) == 2 * len(batch.targets) and len(heads) == 2 * forward
+
+
+def test_entropies_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    batch, _ = make_batch()
+    lists: list[list[torch.Tensor]] = []
+    original = LogpModel._chunk_logps
+
+    def spy(self: LogpModel, hidden: torch.Tensor, targets: torch.Tensor, entropies: list | None) -> torch.Tensor:
+        assert entropies is not None
+        lists.append(entropies)
+        return original(self, hidden, targets, entropies)
+
+    monkeypatch.setattr(LogpModel, "_chunk_logps", spy)
+    run(model, batch)[0].sum().backward()
+    assert len(lists) == 2 and len(lists[0]) == 1  # one chunk, forward and recomputation, one entropy
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_known_heads_pass(kind: str) -> None:
+    require_known_head(make_model(kind), kind)
+
+
+def test_an_unknown_head_is_refused_by_name() -> None:
+    model = make_model("llama")
+    forward = model.forward
+
+    def scaled(*args: object, **kwargs: object) -> object:
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 0.5
+        return output
+
+    model.forward = scaled  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=r"model.path is 'odd/model': LlamaForCausalLM .* way the learner does not"):
+        require_known_head(model, "odd/model")
