@@ -1,38 +1,37 @@
-"""Starting and leaving Ray. One private instance on loopback, or a cluster that is already up."""
+"""Starting and leaving Ray, and who gets which GPUs. A private instance on loopback, or a cluster that is up."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+
+# A stopped run must not start a new Ray by a late call; read when ray is imported.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 import ray
 
-from online_po.config import RayConfig
-from online_po.errors import ConfigError
+from online_po.config import Config, RayConfig
+from online_po.errors import ConfigError, first_line
 
 
 def start(config: RayConfig) -> None:
     """Connects to `ray.address`, or starts a private Ray on this machine, bound to loopback.
 
-    Raises ConfigError if the address answers nothing.
+    Raises ConfigError if the address answers nothing, or this process is connected to Ray already.
     """
-    # Ray would otherwise hide GPUs from actors that ask for none, and rewrite OMP_NUM_THREADS to 1.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if ray.is_initialized():
+        raise ConfigError("this process is connected to Ray already; call ray.shutdown() first, a run has its own")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if config.address is None:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            logging_level="error",
-            log_to_driver=False,
-        )
-        return
+    local = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    settings = local if config.address is None else {"address": config.address}
     try:
-        ray.init(address=config.address, logging_level="error", log_to_driver=False)
+        ray.init(**settings, logging_level="error", log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
+        if config.address is None:
+            raise ConfigError(f"ray.address is null, but Ray does not start here: {first_line(error)}") from error
         raise ConfigError(
-            f"ray.address is {config.address!r}, but no Ray cluster answers there "
-            f"({str(error).splitlines()[0]}); start one with `ray start --head`, or leave ray.address out"
+            f"ray.address is {config.address!r}, but no Ray cluster answers there ({first_line(error)}); start one "
+            "with `ray start --head`, or leave ray.address out"
         ) from error
 
 
@@ -44,3 +43,37 @@ def stop() -> None:
 def gpu_count() -> int:
     """GPUs of the whole cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """GPUs of one actor; 0 on the CPU, below 1 where actors share a GPU."""
+
+    generator: float
+    learner: float
+
+    @property
+    def shared(self) -> bool:
+        """Whether engines and learner ranks share GPUs."""
+        return 0 < self.generator < 1
+
+
+def placement(config: Config) -> Placement:
+    """Who gets how many GPUs. Raises ConfigError where the cluster has too few."""
+    have, replicas, ranks = gpu_count(), config.generator.replicas, config.learner.ranks
+    generator, learner = config.ray.generator_gpus, config.ray.learner_gpus
+    if not have and not generator and not learner:
+        return Placement(generator=0, learner=0)
+    free = generator is None and learner is None and config.generator.tensor_parallel == 1
+    if free and max(replicas, ranks) <= have < replicas + ranks:
+        # Too few for one each, but every GPU can hold an engine and a rank.
+        return Placement(generator=0.5, learner=0.5)
+    generator = float(config.generator.tensor_parallel) if generator is None else generator
+    learner = 1.0 if learner is None else learner
+    need = replicas * generator + ranks * learner
+    if need > have:
+        raise ConfigError(
+            f"the cluster has {have} GPUs, but generator.replicas = {replicas} with {generator:g} each and "
+            f"{ranks} with {learner:g} each need {need:g}; lower them, or set ray.generator_gpus and ray.learner_gpus"
+        )
+    return Placement(generator=generator, learner=learner)

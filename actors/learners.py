@@ -16,7 +16,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors import cluster
 from online_po.config import Config
-from online_po.errors import ConfigError, OnlinePOError
+from online_po.errors import OnlinePOError, first_line
 from online_po.types import Policy
 
 TOKEN_COLUMNS = ["prompt_token_ids", "chosen_token_ids", "rejected_token_ids"]
@@ -90,20 +90,14 @@ class LearnerGroup:
     """
 
     def __init__(self, config: Config) -> None:
-
         ranks = config.learner.ranks
-        gpus, there = config.ray.learner_gpus, cluster.gpu_count()
-        if gpus is None:
-            gpus = 1.0 if there else 0.0
-        if gpus * ranks > there:
-            raise ConfigError(
-                f"learner.ranks is {ranks} with {gpus:g} GPUs each (ray.learner_gpus), but the cluster has {there}; "
-                "lower one of them"
-            )
+        gpus = cluster.placement(config).learner
         threads = config.learner.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
         environment = {
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
+            # Idle threads sleep instead of spinning: an engine may run on the same cores.
+            "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic matrix products on GPUs need
         }
@@ -228,9 +222,15 @@ class LearnerGroup:
 def _original(error: RayError) -> Exception:
     """What a rank raised, if it raised on purpose; what happened to the rank, if it died."""
     if isinstance(error, RayTaskError):
-        return error.cause if isinstance(error.cause, OnlinePOError) else error
+        if isinstance(error.cause, OnlinePOError):
+            return error.cause
+        reason = f"{type(error.cause).__name__}: {first_line(error.cause)}"
+        remedy = "start the run again, it resumes after the last committed round"
+        if "out of memory" in reason.lower():
+            remedy = "lower learner.micro_batch_tokens, or set learner.gradient_checkpointing or learner.lora"
+        return OnlinePOError(f"the learner failed: {reason[:500]}; {remedy}")
     return OnlinePOError(
-        f"a learner rank died: {str(error).strip().splitlines()[0]} (out of memory? lower "
+        f"a learner rank died: {first_line(error)} (out of memory? lower "
         "learner.micro_batch_tokens, set learner.gradient_checkpointing or learner.lora); start the run again, it "
         "resumes after the last committed round"
     )

@@ -125,17 +125,17 @@ def _run(start: Callable[[list[Observer], Callable[[Plan], None]], RunResult]) -
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 2 bad input, 3 stopped by a fault, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 2 bad input, 3 stopped by a fault (a full disk too), 130 interrupted."""
     from online_po.errors import OnlinePOError
 
     try:
         app()
-    except OnlinePOError as error:
+    except (OnlinePOError, OSError) as error:
         from rich.console import Console
         from rich.text import Text
 
         Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))
-        raise SystemExit(error.exit_code) from None
+        raise SystemExit(getattr(error, "exit_code", 3)) from None
 
 
 if __name__ == "__main__":

@@ -54,7 +54,9 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """The starting model: local folder or hub id."""
 
-    path: LocalOrHub = Field(description="Local Hugging Face folder or hub id of the starting policy.")
+    path: LocalOrHub = Field(
+        description="Local Hugging Face folder or hub id of the starting policy (on a cluster: a folder all nodes see)."
+    )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="Attention implementation of the learner (and of the transformers engine)."
@@ -126,7 +128,7 @@ class SamplingConfig(Section):
         0.0, ge=0, lt=1, description="Drop tokens below this share of the likeliest one's probability."
     )
     repetition_penalty: float = Field(1.0, gt=0, le=10, description="Above 1 discourages tokens already seen.")
-    stop: tuple[str, ...] = Field((), description="Strings that end a response.")
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="Strings that end a response.")
     max_tokens: int = Field(512, ge=1, description="Response length limit, in tokens.")
 
 
@@ -149,7 +151,12 @@ class GeneratorConfig(SamplingConfig):
         description="Context the engine allocates for. null: prompts.max_tokens + generator.max_tokens, as far as "
         "the model's own context goes.",
     )
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1, description="Share of a GPU's memory vLLM may take.")
+    gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of a GPU's memory vLLM may take. null: 0.85, or 0.4 where a learner rank shares the GPU.",
+    )
     cpu_kv_cache_gib: float = Field(2.0, gt=0, description="KV cache of an engine on the CPU, in GiB.")
     enforce_eager: bool | None = Field(
         None, description="Skip vLLM's compilation. null: true on CPU (starts minutes sooner), false on GPU."
@@ -159,7 +166,7 @@ class GeneratorConfig(SamplingConfig):
         None,
         gt=0,
         description="Largest difference in nats between a generator's and the learner's log-probability of a probe "
-        "token. null: 1e-3 for float32, 0.25 for 16-bit types.",
+        "token. null: 1e-3 where engine and learner compute in float32, else 0.25.",
     )
 
 
@@ -312,10 +319,16 @@ class RayConfig(Section):
         None, description="Address of a running cluster, or `auto`. null: a private one on this machine."
     )
     learner_gpus: float | None = Field(
-        None, ge=0, description="GPUs of one learner rank. null: 1 where the cluster has GPUs, else 0."
+        None,
+        ge=0,
+        description="GPUs of one learner rank. null: 1 where the cluster has GPUs, a share where there are too few, "
+        "else 0.",
     )
     generator_gpus: float | None = Field(
-        None, ge=0, description="GPUs of one generator. null: generator.tensor_parallel where there are GPUs, else 0."
+        None,
+        ge=0,
+        description="GPUs of one generator. null: generator.tensor_parallel where there are GPUs, a share where there "
+        "are too few, else 0.",
     )
     judge_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for one judge process.")
     startup_timeout_s: float = Field(600.0, gt=0, description="Seconds to wait for actors to be ready.")
@@ -364,6 +377,16 @@ class Config(Section):
             )
         if self.generator.engine == "transformers" and self.generator.tensor_parallel > 1:
             raise ValueError("generator.tensor_parallel above 1 needs generator.engine: vllm")
+        if self.reference.kind == "refresh" and self.reference.every > self.loop.rounds:
+            raise ValueError(
+                f"reference.every is {self.reference.every}, but loop.rounds is {self.loop.rounds}: the reference "
+                "would never be refreshed; lower it or set reference.kind: fixed"
+            )
+        if self.model.revision is not None and os.path.isdir(self.model.path):
+            raise ValueError(
+                f"model.revision is {self.model.revision!r}, but model.path is a local folder, which has none; drop it"
+            )
+        self._refuse_inert()
         if self.loop.max_staleness >= self.loop.rounds:
             raise ValueError(
                 f"loop.max_staleness is {self.loop.max_staleness} but loop.rounds is {self.loop.rounds}: no round "
@@ -383,6 +406,24 @@ class Config(Section):
             )
         return self
 
+    def _refuse_inert(self) -> None:
+        """A setting that would be ignored beside another one is refused, not ignored."""
+        vllm_only = ("cpu_kv_cache_gib", "gpu_memory_utilization", "enforce_eager")
+        rules = [
+            (self.pairs.strategy != "top_bottom_k", "pairs", ("k",), "pairs.strategy: top_bottom_k"),
+            (self.judge.kind == "rules", "judge", ("timeout_s", "concurrency"), "judge.kind: python"),
+            (self.generator.engine != "vllm", "generator", vllm_only, "generator.engine: vllm"),
+            (self.learner.schedule == "constant", "learner", ("min_lr_ratio",), "another learner.schedule"),
+            (self.eval.every == 0, "eval", ("responses_per_prompt", "temperature", "bootstrap_samples"), "eval.every"),
+        ]
+        for inert, section, names, needs in rules:
+            model = getattr(self, section)
+            for name in names if inert else ():
+                if getattr(model, name) != type(model).model_fields[name].default:
+                    raise ValueError(
+                        f"{section}.{name} is {getattr(model, name)!r}, but has an effect only with {needs}; drop it"
+                    )
+
     @property
     def eval_sampling(self) -> SamplingConfig:
         """Sampling settings of evaluation: the generator's, but for `eval.temperature`."""
@@ -396,8 +437,18 @@ class Config(Section):
         return Path(self.run.dir) / self.run.name
 
     def identity(self) -> dict[str, Any]:
-        """Everything that shapes the run's results; where it lies and what it runs on may differ between two starts."""
-        return self.model_dump(mode="json", exclude={"ray": True, "run": {"name", "dir"}})
+        """Everything that shapes the run's results. Where it lies, what it runs on, and bounds that stop it may
+        differ between two starts."""
+        return self.model_dump(
+            mode="json",
+            exclude={
+                "ray": True,
+                "run": {"name", "dir", "tensorboard", "keep_checkpoints"},
+                "generator": {"replicas", "threads", "gpu_memory_utilization", "cpu_kv_cache_gib", "sync_tolerance"},
+                "judge": {"workers", "concurrency", "timeout_s", "max_failure_rate"},
+                "learner": {"threads"},
+            },
+        )
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -406,6 +457,8 @@ class Config(Section):
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"config file {str(path)!r} is not UTF-8 text: {error}") from error
         try:
             data = yaml.safe_load(text)
         except yaml.YAMLError as error:

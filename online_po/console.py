@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -230,9 +227,9 @@ def print_status(ledger: Ledger, console: Console | None = None) -> None:
     """Where a run stands: verdict, table, the round being made, who is working on it."""
     view = load_run_view(ledger.root)
     console = console or Console()
-    owner = _owner(ledger)
+    owner = ledger.holder()
     if owner:
-        state = Text(f"running in process {owner}", style="green")
+        state = Text(f"running in {owner}", style="green")
     elif view.finished:
         state = Text("finished", style="green")
     else:
@@ -266,22 +263,6 @@ def _made(ledger: Ledger, round_: int) -> str:
     if ledger.has_pairs(round_):
         counts.append("paired")
     return ", ".join(counts)
-
-
-def _owner(ledger: Ledger) -> str | None:
-    """The process that holds the run folder; None if there is none alive on this machine."""
-    path = ledger.root / "lock.owner.json"
-    if not path.exists():
-        return None
-    owner = json.loads(path.read_text(encoding="utf-8"))
-    if owner["host"] == socket.gethostname():
-        try:
-            os.kill(owner["pid"], 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:  # alive, and another user's
-            pass
-    return f"{owner['pid']} on {owner['host']}"
 
 
 def _group(*renderables: RenderableType) -> Group:

@@ -12,6 +12,11 @@ class OnlinePOError(Exception):
     exit_code = 3
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 class ConfigError(OnlinePOError, ValueError):
     """Something the user wrote cannot be used: config, prompt file, model, judge function."""
 

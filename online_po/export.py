@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from online_po.errors import ConfigError
-from online_po.files import atomic_folder
+from online_po.files import TMP, atomic_folder
 from online_po.ledger import Ledger
 from online_po.plan import resolve_model
 
@@ -26,17 +26,17 @@ def export(run_dir: Path, out: Path, round_: int | None = None, merge: bool = Fa
         round_ = last
     if not 1 <= round_ <= last:
         raise ConfigError(f"--round is {round_}; run {str(run_dir)!r} has trained rounds 1 to {last}")
-    if out.exists():
-        raise ConfigError(f"OUT is {str(out)!r}, which exists already; give a new folder")
-    start = resolve_model(ledger.config())
-    policy = ledger.policy(round_, start)
+    for folder in (out, out.with_name(out.name + TMP)):
+        if folder.exists():
+            raise ConfigError(f"OUT is {str(out)!r}, but {str(folder)!r} exists already; give a new folder")
+    policy = ledger.policy(round_, Path())
     if merge and not policy.is_adapter:
         raise ConfigError("--merge is for LoRA runs; this run trained all weights, export it without --merge")
     with atomic_folder(out) as folder:
         if not merge:
             shutil.copytree(policy.path, folder, dirs_exist_ok=True)
         else:
-            _merge(start, policy.path, folder)
+            _merge(resolve_model(ledger.config()), policy.path, folder)
     return out
 
 

@@ -27,7 +27,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`; on a clean exit it becomes `path`, durably."""
     temporary = path.with_name(path.name + TMP)
     with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         try:
             yield temporary
             _fsync(temporary)
@@ -45,17 +45,34 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     with _explained(path):
         try:
-            temporary.mkdir(parents=True)
+            _make_folder(temporary)
             yield temporary
             for file in sorted(temporary.rglob("*")):
                 _fsync(file)
             _fsync(temporary)
-            shutil.rmtree(path, ignore_errors=True)
+            remove_folder(path)
             os.replace(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _fsync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder so that a kill in the middle leaves nothing that looks like it."""
+    if path.exists():
+        doomed = path.with_name(path.name + ".removed" + TMP)
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _make_folder(path: Path) -> None:
+    """mkdir -p whose result survives a loss of power."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        _fsync(folder.parent)
 
 
 @contextmanager
@@ -93,7 +110,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises LedgerError, naming the file, if it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LedgerError(f"{str(path)!r} is damaged: {error}") from error
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
@@ -115,6 +136,15 @@ def read_parquet(path: Path) -> pa.Table:
     """Reads with every page's checksum verified; raises OSError or pa.ArrowInvalid on damage."""
     # One thread: most of a run's files are small, and a pool costs more than it saves on them.
     return pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False).read(use_threads=False)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a parquet file reads back, every page's checksum included."""
+    try:
+        read_parquet(path)
+    except (OSError, pa.ArrowException):
+        return False
+    return True
 
 
 def sha256(paths: list[Path]) -> list[str]:

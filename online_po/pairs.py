@@ -10,8 +10,9 @@ from online_po.config import PairsConfig
 from online_po.types import Group, Judgement, Pair, Response
 
 Skip = Literal["judge_failed", "identical", "tie", "below_min_margin"]
-"""Why a prompt gave no pair: its judgement failed; all its responses were the same tokens; all scores
-were equal; the pair asked for (or every one) had a gap below `pairs.min_margin`."""
+"""Why a prompt gave no pair: its judgement failed; the responses that would be paired read the same (a judge
+sees text, so the same text in other tokens is the same response); all scores were equal; the gap was below
+`pairs.min_margin`."""
 
 
 def build_pairs(group: Group, judgement: Judgement, config: PairsConfig, seed: int) -> tuple[list[Pair], Skip | None]:
@@ -22,7 +23,7 @@ def build_pairs(group: Group, judgement: Judgement, config: PairsConfig, seed: i
     if judgement.scores is None:
         return [], "judge_failed"
     scored = list(zip(group.responses, judgement.scores, strict=True))
-    if len({response.token_ids for response, _ in scored}) < 2:
+    if len({response.text for response, _ in scored}) < 2:
         return [], "identical"
     if len({score for _, score in scored}) < 2:
         return [], "tie"
@@ -33,7 +34,7 @@ def build_pairs(group: Group, judgement: Judgement, config: PairsConfig, seed: i
         return [], "below_min_margin" if config.min_margin > 0 else "identical"
     chosen = _select(ranked, usable, config, random.Random(seed))
     if not chosen:
-        return [], "below_min_margin"
+        return [], "below_min_margin" if config.min_margin > 0 else "identical"
     return [
         Pair(prompt=group.prompt, chosen=a[0], rejected=b[0], chosen_score=a[1], rejected_score=b[1]) for a, b in chosen
     ], None
@@ -43,7 +44,7 @@ Scored = tuple[Response, float]
 
 
 def _usable(a: Scored, b: Scored, min_margin: float) -> bool:
-    return a[1] > b[1] and a[1] - b[1] >= min_margin and a[0].token_ids != b[0].token_ids
+    return a[1] > b[1] and a[1] - b[1] >= min_margin and a[0].text != b[0].text
 
 
 def _select(

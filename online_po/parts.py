@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from online_po.config import Config
+from online_po.errors import OnlinePOError
 from online_po.ledger import Ledger
 from online_po.observers import PhaseTimer
 from online_po.protocols import Generator, JudgePool, Learner, Observer
@@ -30,4 +32,11 @@ class Parts:
     start: Path
     """Folder of the starting model (policy version 0)."""
     stopping: threading.Event = field(default_factory=threading.Event)
-    """Set when the run ends early: sampling hands out no more work."""
+    """Set when the run ends, for good or ill: sampling hands out no more work."""
+    sampler: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="sampler"))
+    """The one thread that sampling and evaluation run in; who makes the parts waits for its end."""
+
+    def require_going_on(self) -> None:
+        """Raises OnlinePOError once the run is ending: what is sampled half must not count as whole."""
+        if self.stopping.is_set():
+            raise OnlinePOError("the run is ending")

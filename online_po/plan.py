@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from online_po.config import Config
-from online_po.errors import ConfigError
+from online_po.errors import ConfigError, first_line
 from online_po.prompts import PromptSet, load_prompts
 
 GIB = 1024**3
@@ -69,8 +69,11 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
         from judges.rules import validate_constraints
 
         for prompts in filter(None, (train, heldout)):
-            for index in range(len(prompts)):
-                validate_constraints(prompts[index].metadata)
+            for prompt in prompts:
+                try:
+                    validate_constraints(prompt.metadata)
+                except ConfigError as error:
+                    raise ConfigError(f"prompt {prompt.messages[-1]['content'][:60]!r}: {error}") from error
     if config.loop.prompts_per_round > len(train):
         raise ConfigError(
             f"loop.prompts_per_round is {config.loop.prompts_per_round}, but only {len(train)} prompts are left to "
@@ -124,7 +127,7 @@ def resolve_model(config: Config) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ConfigError(
             f"model.path is {config.model.path!r}: no such local folder, and the hub gave nothing "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); check the name, the network and HF_HUB_OFFLINE"
+            f"({type(error).__name__}: {first_line(error)}); check the name, the network and HF_HUB_OFFLINE"
         ) from error
 
 
@@ -136,7 +139,7 @@ def load_tokenizer(config: Config, model_path: Path) -> Any:
         return AutoTokenizer.from_pretrained(model_path)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"model.path is {config.model.path!r}, but its tokenizer does not load: {str(error).splitlines()[0]}"
+            f"model.path is {config.model.path!r}, but its tokenizer does not load: {first_line(error)}"
         ) from error
 
 
@@ -150,7 +153,7 @@ def read_shape(config: Config, model_path: Path) -> ModelShape:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"model.path is {config.model.path!r}, but its config.json is not one transformers knows: "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
     weights = sorted(model_path.glob("*.safetensors"))
     if not weights:
@@ -164,8 +167,9 @@ def read_shape(config: Config, model_path: Path) -> ModelShape:
         raise ConfigError(
             f"model.path is {config.model.path!r}, with a file that is damaged or cut: {error}"
         ) from error
-    heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    queries = getattr(text_config, "num_attention_heads", None) or 1
+    heads = getattr(text_config, "num_key_value_heads", None) or queries
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // queries
     return ModelShape(
         context=int(getattr(text_config, "max_position_embeddings", 0) or 1 << 30),
         parameters=parameters,
@@ -232,7 +236,8 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
     own_reference = config.reference.kind == "fixed" or config.reference.every > 1
     copies = 1 if learner.lora is not None else 4 + own_reference
     saved = 0 if learner.lora is not None else 3 * weights
-    kept = min(config.run.keep_checkpoints or loop.rounds, loop.rounds)
+    # One more than is kept, while a round is being committed.
+    kept = min((config.run.keep_checkpoints or loop.rounds) + 1, loop.rounds)
     # Text, token ids and float32 logps, compressed: about 10 bytes a token.
     data = loop.rounds * loop.prompts_per_round * n * generator.max_tokens * 10
     dtype = generator.dtype

@@ -5,6 +5,7 @@ Everything is kept in Arrow buffers; a `Prompt` is made when it is asked for.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections import defaultdict
@@ -54,6 +55,13 @@ class PromptSet(Sequence[Prompt]):
     def token_counts(self) -> np.ndarray:
         """(N,) int64: tokens of each prompt, template included."""
         return np.diff(self._offsets)
+
+    def fingerprint(self) -> str:
+        """Hex digest of all prompts in order: what they ask, their metadata and their tokens."""
+        digest = hashlib.sha256("\n".join(self._ids.to_pylist()).encode())
+        digest.update(self.token_counts.tobytes())
+        digest.update(self._tokens.tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._ids)

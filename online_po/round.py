@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from online_po.config import Config
 from online_po.cursor import PromptCursor
@@ -37,28 +38,30 @@ def sample_round(parts: Parts, round_: int) -> None:
     had is kept, and a resumed run asks again for those that failed.
     """
     ledger, observer = parts.ledger, parts.observer
-    if ledger.has_pairs(round_):
+    if ledger.is_judged(round_):
         return
     prompts = draw_prompts(parts, round_)
     size = parts.config.generator.chunk_prompts
     numbers = range(-(-len(prompts) // size))
-    made = [part for part in numbers if ledger.has_responses(round_, part)]
+    made = {part for part in numbers if ledger.has_responses(round_, part)}
     done = sum(len(prompts[part * size : (part + 1) * size]) for part in made)
 
     def chunks() -> Iterator[tuple[int, list[Request]]]:
         for part in numbers:
-            if parts.stopping.is_set():
-                return
+            parts.require_going_on()
             if part not in made:
                 chunk = prompts[part * size : (part + 1) * size]
                 yield part, [request(parts.config, prompt, "sample", round_) for prompt in chunk]
 
     judging = Judging(parts, round_, len(prompts))
     with observer.phase("generate", round_):
-        for part in made:
-            groups = ledger.responses(round_, part, prompts[part * size : (part + 1) * size])
+        for part in sorted(made):
+            chunk = prompts[part * size : (part + 1) * size]
             known = ledger.judgements(round_, part) if ledger.has_judgements(round_, part) else None
-            judging.submit(part, groups, known)
+            if known is not None and not any(judgement.failure for judgement in known):
+                judging.known(len(chunk))
+            else:
+                judging.submit(part, ledger.responses(round_, part, chunk), known)
         for part, groups in parts.generator.generate(chunks(), parts.config.generator):
             ledger.write_responses(round_, part, groups)
             judging.submit(part, groups, None)
@@ -127,6 +130,8 @@ def train_round(parts: Parts, round_: int) -> None:
             **round_means(steps),
             **sampling_kl(pairs, reference, start),
             "pairs": pairs.num_rows,
+            "chosen_length": mean_length(pairs["chosen_token_ids"]),
+            "rejected_length": mean_length(pairs["rejected_token_ids"]),
             **parts.timer.round_seconds(round_),
         }
         ledger.write_metrics(round_, [*rows, summary])
@@ -167,12 +172,12 @@ def make_pairs(parts: Parts, round_: int) -> tuple[pa.Table, dict[str, Any]]:
             writer.write_table(pairs_to_table(rows))
     pairs = ledger.pairs(round_)
     if pairs.num_rows == 0:
-        ledger.discard_pairs(round_)
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in skips.most_common())
         raise NoPairsError(
-            f"round {round_} gave no pair to train on from {len(prompts)} prompts ("
-            + ", ".join(f"{count} x {reason}" for reason, count in skips.most_common())
-            + "). identical, tie: raise generator.temperature or loop.responses_per_prompt, or use a judge with finer "
-            "scores. below_min_margin: lower pairs.min_margin. judge_failed: see the judgements of the round"
+            f"round {round_} gave no pair to train on from {len(prompts)} prompts ({reasons}). Start a new run "
+            "(another run.name) with other settings: for identical and tie, raise generator.temperature or "
+            "loop.responses_per_prompt, or use a judge with finer scores; for below_min_margin, lower "
+            "pairs.min_margin; for judge_failed, see the round's judgements/"
         )
     metrics = {"pair_skips": dict(skips), "judge_failures": dict(failures), "policy_version_sampled": version}
     return pairs, metrics | stats.result()
@@ -180,7 +185,8 @@ def make_pairs(parts: Parts, round_: int) -> tuple[pa.Table, dict[str, Any]]:
 
 def pair_logps(parts: Parts, round_: int, pairs: pa.Table, kind: LogpKind, version: int) -> dict[str, np.ndarray]:
     """{"chosen": (N,), "rejected": (N,)} float32: response logps of all pairs under a committed policy, in nats."""
-    if (stored := parts.ledger.logps(round_, kind)) is not None:
+    stored = parts.ledger.logps(round_, kind)
+    if stored is not None and len(stored["chosen"]) == pairs.num_rows:
         return stored
     policy = parts.ledger.policy(version, parts.start)
     logps = {name: np.full(pairs.num_rows, np.nan, dtype=np.float32) for name in ("chosen", "rejected")}
@@ -193,6 +199,11 @@ def pair_logps(parts: Parts, round_: int, pairs: pa.Table, kind: LogpKind, versi
     assert not any(np.isnan(values).any() for values in logps.values()), "the learner left pairs out"
     parts.ledger.write_logps(round_, kind, logps)
     return logps
+
+
+def mean_length(token_ids: pa.ChunkedArray) -> float:
+    """Mean number of tokens of a column of token ids."""
+    return float(pc.mean(pc.list_value_length(token_ids)).as_py())
 
 
 def sampling_kl(

@@ -48,7 +48,8 @@ class TimedGenerator(FakeGenerator):
 def run(folder: Path, prompts: int, **overrides: object) -> tuple[float, float, float]:
     """(seconds, seconds of those inside the fake generator, GiB of peak memory growth)."""
     config = make_config(folder, eval={"every": 0}, prompts={"path": "p"}, **overrides)
-    ledger = Ledger.create(config.run_dir, config, {})
+    ledger = Ledger(config.run_dir)
+    ledger.begin(config, {})
     generator = TimedGenerator()
     parts = Parts(
         config=config,

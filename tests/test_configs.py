@@ -69,13 +69,14 @@ def test_it_runs_for_two_rounds(path, tmp_path, tiny_model, prompts):
         "loop.prompts_per_round=16",
         "generator.max_tokens=24",
         "generator.chunk_prompts=4",
-        "generator.cpu_kv_cache_gib=0.2",
         "generator.threads=1",
         "learner.threads=1",
         "learner.global_batch_size=8",
         "eval.every=1",
         "eval.bootstrap_samples=100",
     ]
+    if Config.from_yaml(path).generator.engine == "vllm":
+        overrides.append("generator.cpu_kv_cache_gib=0.2")
     online_po("run", path, *overrides, cwd=tmp_path)
     ledger = Ledger.open(tmp_path / Config.from_yaml(path).run.name)
     assert ledger.last_committed() == 2

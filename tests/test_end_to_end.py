@@ -109,6 +109,7 @@ def test_every_metric_is_there_and_finite(finished):
         for name in [*names.split(), "grad_norm", "learning_rate", "tokens"]:
             assert abs(row[name]) < 1e9, name
     more = "score_mean score_best score_worst distinct_1 distinct_2 self_bleu truncated_share length_score_correlation"
+    more += " chosen_length rejected_length wall_seconds idle_seconds"
     assert all(rounds[0][name] is not None for name in more.split())
     assert rounds[0]["reference_round"] == 2 and rounds[0]["policy_version_sampled"] == 2
     assert set(rounds[0]["phase_seconds"]) >= {"generate", "judge", "pair", "reference", "learn", "save"}

@@ -23,7 +23,9 @@ PROBE = Probe(token_ids=(1, 2, 3), token_logps=(-0.5, -1.25))
 @pytest.fixture
 def ledger(tmp_path):
     config = make_config(tmp_path)
-    return Ledger.create(config.run_dir, config, {"model": {}})
+    ledger = Ledger(config.run_dir)
+    ledger.begin(config, {"model": {}})
+    return ledger
 
 
 def write_round(ledger: Ledger, round_: int, reference_round: int = 0) -> None:
@@ -148,16 +150,43 @@ def test_a_run_folder_in_use_is_refused_and_a_dead_process_holds_nothing(ledger)
     assert ready.wait(30)
     with pytest.raises(LedgerError, match=rf"in use by process {process.pid} on"), ledger.lock():
         pass
+    assert str(process.pid) in ledger.holder()
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+    assert ledger.holder() is None
     with ledger.lock():
         pass
 
 
 def test_another_config_is_refused_with_the_difference(ledger, tmp_path):
-    assert Ledger.create(ledger.root, make_config(tmp_path, ray={"judge_cpus": 1.0}), {}).exists()
-    with pytest.raises(ConfigError, match=r"loop.rounds: 3 there, 4 now"):
-        Ledger.create(ledger.root, make_config(tmp_path, loop__rounds=4), {})
+    info = {"model": {}}
+    ledger.begin(make_config(tmp_path, loop__rounds=5), info)  # nothing committed yet: a failed start is no run
+    ledger.commit(0, is_adapter=False, reference_round=0, probe=PROBE)
+    with pytest.raises(ConfigError, match=r"loop.rounds: 5 there, 4 now"):
+        ledger.begin(make_config(tmp_path, loop__rounds=4), info)
+    with pytest.raises(ConfigError, match="the starting model changed"):
+        ledger.begin(make_config(tmp_path, loop__rounds=5), {"model": {"other": 1}})
+    with pytest.raises(ConfigError, match="the prompts changed"):
+        ledger.begin(make_config(tmp_path, loop__rounds=5), {"model": {}, "prompt_hashes": {"train": "x"}})
+    judge = {"max_failure_rate": 0.5}
+    ledger.begin(make_config(tmp_path, loop__rounds=5, ray={"judge_cpus": 1.0}, judge=judge), info)
+    assert ledger.config().judge.max_failure_rate == 0.5, "settings that bound a run may change, and are kept"
+
+
+def test_damaged_pieces_of_an_uncommitted_round_are_dropped_and_of_a_committed_one_are_not(ledger):
+    made = groups(3)
+    ledger.commit(0, is_adapter=False, reference_round=0, probe=PROBE)
+    for round_ in (1, 2):
+        ledger.write_responses(round_, 0, made)
+        ledger.write_judged(round_, 0)
+        path = ledger.round_dir(round_) / "responses" / "part-00000.parquet"
+        path.write_bytes(path.read_bytes()[:-20])
+    ledger.commit(1, is_adapter=False, reference_round=0, probe=PROBE)
+    with ledger.lock():
+        assert ledger.has_responses(1, 0) and ledger.is_judged(1)
+        assert not ledger.has_responses(2, 0) and not ledger.is_judged(2)
+    with pytest.raises(LedgerError, match="part-00000.parquet' is damaged"):
+        ledger.responses(1, 0, [g.prompt for g in made])
 
 
 def test_folders_that_are_no_run(ledger, tmp_path):
@@ -171,8 +200,15 @@ def test_folders_that_are_no_run(ledger, tmp_path):
 def test_an_unwritable_run_dir_is_a_config_error(tmp_path):
     (tmp_path / "file").write_text("")
     config = make_config(tmp_path / "file")
-    with pytest.raises(ConfigError, match="run.dir: the run folder .* cannot be written"):
-        Ledger.create(config.run_dir, config, {})
+    with pytest.raises(ConfigError, match=r"run.dir: .* cannot be written"), Ledger(config.run_dir).lock():
+        pass
+
+
+def test_torn_json_is_named(ledger):
+    ledger.commit(0, is_adapter=False, reference_round=0, probe=PROBE)
+    (ledger.round_dir(0) / "COMMIT.json").write_text("{")
+    with pytest.raises(LedgerError, match="COMMIT.json' is damaged"):
+        ledger.commit_of(0)
 
 
 @pytest.mark.parametrize("text", ["[Errno 28] No space left on device", "I/O: No space left on device (os error 28)"])

@@ -28,7 +28,10 @@ def parse(tmp_path, model, prompts=PROMPTS, **overrides) -> Config:
     }
     for key, value in overrides.items():
         section, _, name = key.partition("__")
-        data.setdefault(section, {})[name] = value
+        if name:
+            data.setdefault(section, {})[name] = value
+        else:
+            data[section] = value
     return Config.parse(data)
 
 
@@ -130,7 +133,7 @@ def test_a_missing_engine_is_found_without_importing_it(tmp_path, tiny_model, mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else real(name, *a))
     with pytest.raises(ConfigError, match=r"vLLM is not installed.*generator.engine: transformers"):
         make_plan(parse(tmp_path, tiny_model))
-    make_plan(parse(tmp_path, tiny_model, generator__engine="transformers"))
+    make_plan(parse(tmp_path, tiny_model, generator={"max_tokens": 16, "engine": "transformers"}))
 
 
 def test_check_starts_nothing_and_exit_codes_are_kept(tmp_path, tiny_model):

@@ -1,0 +1,182 @@
+"""Generator replicas: one Ray actor per engine, chunks of work for whoever is free, and weights with proof."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from actors import cluster
+from actors.engines import Engine, check_engine, environment, make_engine
+from online_po.config import Config, SamplingConfig
+from online_po.errors import EngineError, OnlinePOError, SyncError
+from online_po.types import Group, Policy, Probe, Request, SyncReport
+
+IN_FLIGHT = 2
+"""Chunks given to a replica: one running, one waiting, so that an engine never waits for the driver."""
+CLOSE_TIMEOUT_S = 5.0
+
+
+class GeneratorReplica:
+    """The actor: one engine. Built empty, so that a failing start is an answer and not a dead actor."""
+
+    def __init__(self, replica: int, config: Config) -> None:
+        self._replica, self._config = replica, config
+        self._engine: Engine
+
+    def start(self) -> str:
+        """Loads the starting model. Returns the engine's dtype. Raises EngineError or ConfigError."""
+        config = self._config
+        check_engine(config)
+        try:
+            self._engine = make_engine(config)
+        except OnlinePOError:
+            raise
+        except Exception as error:  # whatever a model library raises, the user needs one line and the replica
+            raise EngineError(f"generator replica {self._replica} could not start: {_one_line(error)}") from error
+        return self._engine.dtype
+
+    def generate(self, index: int, requests: Sequence[Request], sampling: SamplingConfig) -> list[Group]:
+        return self._engine.generate(index, requests, sampling)
+
+    def sync(self, policy: Policy, probe: Probe) -> SyncReport:
+        """Loads the weights and tells what is held; the verdict is the driver's. Raises SyncError if nothing loads."""
+        started = time.perf_counter()
+        try:
+            self._engine.load(policy)
+        except Exception as error:  # whatever a model library raises, the user needs the replica and the folder
+            raise SyncError(
+                f"generator replica {self._replica} could not load policy {policy.version} from "
+                f"{str(policy.path)!r}: {_one_line(error)}"
+            ) from error
+        held = self._engine.token_logps(probe.token_ids)
+        gaps = [abs(mine - theirs) for mine, theirs in zip(held, probe.token_logps, strict=True)]
+        return SyncReport(
+            replica=self._replica,
+            policy_version=self._engine.version,
+            # max() may drop a NaN; a NaN anywhere must fail the proof.
+            max_logp_error=float("nan") if any(map(math.isnan, gaps)) else max(gaps),
+            seconds=time.perf_counter() - started,
+        )
+
+    def close(self) -> None:
+        """Ends the engine and whatever processes it has; nothing where it never started."""
+        if hasattr(self, "_engine"):
+            self._engine.close()
+
+
+class GeneratorGroup:
+    """Implements `online_po.protocols.Generator` over `generator.replicas` actors.
+
+    Construction returns at once; `ready` waits for the engines. Raises ConfigError if the engine is not installed.
+    """
+
+    def __init__(self, config: Config) -> None:
+        check_engine(config)
+        self._config = config
+        place = cluster.placement(config)
+        memory = config.generator.gpu_memory_utilization or (0.4 if place.shared else 0.85)
+        settings = config.generator.model_copy(update={"gpu_memory_utilization": memory})
+        config = config.model_copy(update={"generator": settings})
+        variables = environment(config) | ({} if place.generator else {"CUDA_VISIBLE_DEVICES": ""})
+        actor = ray.remote(GeneratorReplica).options(
+            # Engines share the cores by `generator.threads`; Ray's own count would keep actors waiting.
+            num_cpus=0,
+            num_gpus=place.generator,
+            runtime_env={"env_vars": variables},
+        )
+        self._actors = [actor.remote(replica, config) for replica in range(config.generator.replicas)]
+        self._started = [a.start.remote() for a in self._actors]
+        self._tolerance = config.generator.sync_tolerance
+
+    def ready(self, timeout: float) -> None:
+        """Waits until every engine holds the starting model. Raises EngineError on failure or after `timeout` s."""
+        deadline = time.monotonic() + timeout
+        for replica, ref in enumerate(self._started):
+            dtype = self._get(replica, ref, max(0.0, deadline - time.monotonic()))
+            if self._config.generator.sync_tolerance is None:
+                exact = dtype == "float32" and self._config.learner.compute_dtype == "float32"
+                self._tolerance = 1e-3 if exact else 0.25
+
+    def generate(
+        self, chunks: Iterable[tuple[int, Sequence[Request]]], sampling: SamplingConfig
+    ) -> Iterator[tuple[int, list[Group]]]:
+        """See `online_po.protocols.Generator`. Raises EngineError if a replica fails."""
+        # A config subclass would travel with all its fields; only how to sample matters.
+        settings = SamplingConfig(**{name: getattr(sampling, name) for name in SamplingConfig.model_fields})
+        source = iter(chunks)
+        # Shallowest queues first, so that two chunks go to two replicas.
+        free = deque(list(range(len(self._actors))) * IN_FLIGHT)
+        running: dict[Any, tuple[int, int]] = {}  # answer -> (replica, chunk index)
+
+        def hand_out() -> None:
+            while free and (chunk := next(source, None)) is not None:
+                replica = free.popleft()
+                running[self._actors[replica].generate.remote(*chunk, settings)] = replica, chunk[0]
+
+        hand_out()
+        while running:
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            replica, index = running.pop(done)
+            groups = self._get(replica, done, None)
+            free.append(replica)
+            # Before the caller is given its answer: what it does with it may take a while.
+            hand_out()
+            yield index, groups
+        # A caller that stops listening leaves what was handed out to finish unheard. Cancelling it is no
+        # gain: Ray 2.60 then waits 30 s for the missing call and fails the ones behind it.
+
+    def sync(self, policy: Policy, probe: Probe) -> list[SyncReport]:
+        """See `online_po.protocols.Generator`. Replicas load side by side."""
+        refs = [a.sync.remote(policy, probe) for a in self._actors]
+        reports: list[SyncReport] = [self._get(replica, ref, None) for replica, ref in enumerate(refs)]
+        assert self._tolerance is not None, "ready() comes first"
+        for report in reports:
+            # Written so that a NaN fails.
+            if report.policy_version != policy.version or not report.max_logp_error <= self._tolerance:
+                raise SyncError(
+                    f"generator replica {report.replica} should hold policy {policy.version} and says it holds "
+                    f"{report.policy_version}, but its log-probabilities of the probe differ from the learner's by up "
+                    f"to {report.max_logp_error:.4g} nats (generator.sync_tolerance is {self._tolerance:g}); the "
+                    "weights did not arrive whole. Should they have, and the types differ, raise "
+                    "generator.sync_tolerance"
+                )
+        return reports
+
+    def close(self) -> None:
+        """Ends the actors; safe after a failed start. One that is busy is given a few seconds."""
+        ray.wait([a.close.remote() for a in self._actors], num_returns=len(self._actors), timeout=CLOSE_TIMEOUT_S)
+        for a in self._actors:
+            ray.kill(a)
+
+    def _get(self, replica: int, ref: Any, timeout: float | None) -> Any:
+        """An actor's answer, or its error as ours."""
+        try:
+            return ray.get(ref, timeout=timeout)
+        except GetTimeoutError as error:
+            raise EngineError(
+                f"generator replica {replica} was not ready in time; raise ray.startup_timeout_s "
+                f"({self._config.ray.startup_timeout_s:g}), or see that the cluster has the CPUs and GPUs asked for"
+            ) from error
+        except RayTaskError as error:
+            if isinstance(error.cause, OnlinePOError):
+                raise error.cause from None
+            raise EngineError(f"generator replica {replica} failed: {_one_line(error.cause)}") from error
+        except RayActorError as error:
+            raise EngineError(
+                f"generator replica {replica} died (out of memory, or killed from outside); what was finished is kept, "
+                f"resume to go on: {_one_line(error)}"
+            ) from error
+        except RayError as error:
+            raise EngineError(f"generator replica {replica} could not be reached: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException | None) -> str:
+    """Type and last line of an error: what a person can act on."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__

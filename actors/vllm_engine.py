@@ -1,0 +1,194 @@
+"""vLLM as a sampling engine, in the process that calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from actors.engines import LORA_RANKS
+from online_po.config import GeneratorConfig, SamplingConfig
+from online_po.errors import EngineError
+from online_po.types import FinishReason, Group, Policy, Request, Response
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+
+GIB = 1 << 30
+ADAPTER_ID = 1
+FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
+
+
+class VllmEngine:
+    """One vLLM engine. Every chunk runs alone, so its content is a function of its requests and the weights.
+
+    The text of a response is always the decoding of its token ids. A stop string ends a response behind the
+    token that completes it, and is part of both.
+
+    `max_model_len`: prompt plus response tokens to allocate for. `lora_rank`: rank of the adapters that will
+    be loaded; None where policies are full weights. Raises EngineError if vLLM cannot start.
+    """
+
+    def __init__(self, path: str, config: GeneratorConfig, *, max_model_len: int, lora_rank: int | None) -> None:
+        import vllm
+        from vllm.platforms import current_platform
+
+        self._on_cpu: bool = current_platform.is_cpu()
+        settings = self._settings(path, config, max_model_len)
+        if lora_rank is not None:
+            allowed = [rank for rank in LORA_RANKS if rank >= lora_rank]
+            if not allowed:
+                raise EngineError(
+                    f"learner.lora.rank is {lora_rank}, but vLLM takes {LORA_RANKS[-1]} at most; lower it"
+                )
+            settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": allowed[0]}
+        try:
+            self._llm = vllm.LLM(path, **settings)
+        except Exception as error:  # vLLM raises many types here; each means the same to the user
+            raise EngineError(_explain(error, config, self._on_cpu)) from error
+        self._start_path = path
+        self._weights_path = path
+        self._adapter: Any = None
+        self._tokenizer = self._llm.get_tokenizer()
+        self.dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
+        self.version = 0
+
+    def _settings(self, path: str, config: GeneratorConfig, max_model_len: int) -> dict[str, Any]:
+        dtype = config.dtype
+        if dtype == "auto":
+            dtype = "float32" if self._on_cpu else "bfloat16"
+        settings: dict[str, Any] = {
+            "dtype": dtype,
+            "tensor_parallel_size": config.tensor_parallel,
+            "distributed_executor_backend": "uni" if config.tensor_parallel == 1 else "mp",
+            "max_model_len": max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "enforce_eager": self._on_cpu if config.enforce_eager is None else config.enforce_eager,
+            "logprobs_mode": "raw_logprobs",
+            # Samples of one prompt share its prefill; the cache is emptied between chunks.
+            "enable_prefix_caching": True,
+            "worker_extension_cls": "actors.weight_sync.WeightSync",
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+        }
+        if self._on_cpu:
+            settings |= {
+                "kv_cache_memory_bytes": int(config.cpu_kv_cache_gib * GIB),
+                # vLLM's default on the CPU is 128; only whole blocks are shared, and prompts are often shorter.
+                "block_size": 32,
+                # Per-request seeds and prompts split over steps do not go together on the CPU ("CPU Generator
+                # does not use offset"): a prompt is always prefilled in one step.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(2048, max_model_len, config.max_num_seqs),
+            }
+        else:
+            settings["gpu_memory_utilization"] = config.gpu_memory_utilization
+        return settings
+
+    def generate(self, index: int, requests: Sequence[Request], sampling: SamplingConfig) -> list[Group]:
+        """All responses to one chunk, in order of `requests` and their seeds. `index` is the chunk's, for errors."""
+        self._reset_cache()
+        prompts, params = [], []
+        for request in requests:
+            for seed in request.seeds:
+                prompts.append({"prompt_token_ids": list(request.prompt.token_ids)})
+                params.append(_sampling_params(sampling, seed))
+        outputs = iter(self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._adapter))
+        groups = []
+        for request in requests:
+            responses = tuple(self._response(i, seed, next(outputs)) for i, seed in enumerate(request.seeds))
+            groups.append(Group(prompt=request.prompt, responses=responses))
+        return groups
+
+    def _response(self, index: int, seed: int, output: RequestOutput) -> Response:
+        sample = output.outputs[0]
+        if sample.finish_reason not in FINISH_REASONS or sample.logprobs is None:
+            raise EngineError(f"vLLM ended a request with finish reason {sample.finish_reason!r}")
+        token_ids = tuple(sample.token_ids)
+        return Response(
+            index=index,
+            text=self._tokenizer.decode(list(token_ids), skip_special_tokens=True),
+            token_ids=token_ids,
+            token_logps=tuple(step[token].logprob for step, token in zip(sample.logprobs, token_ids, strict=True)),
+            finish_reason=FINISH_REASONS[sample.finish_reason],
+            policy_version=self.version,
+            seed=seed,
+        )
+
+    def load(self, policy: Policy) -> None:
+        """Takes a policy's weights and forgets what was computed under the old ones."""
+        if policy.is_adapter:
+            self._load_adapter(policy)
+        else:
+            self._adapter = None
+            # With LoRA version 0 is the base model, which never changed.
+            if str(policy.path) != self._start_path or self._weights_path != self._start_path:
+                self._llm.collective_rpc("load_policy", args=(str(policy.path),))
+                self._weights_path = str(policy.path)
+        self.version = policy.version
+        self._reset_cache()
+
+    def _load_adapter(self, policy: Policy) -> None:
+        from vllm.lora.request import LoRARequest
+
+        name, path = f"policy-{policy.version}", str(policy.path)
+        # In place once, here; a request that said so too would read the file again at every step.
+        self._llm.llm_engine.add_lora(LoRARequest(name, ADAPTER_ID, path, load_inplace=True))
+        self._adapter = LoRARequest(name, ADAPTER_ID, path)
+
+    def token_logps(self, token_ids: Sequence[int]) -> list[float]:
+        """(T,) token ids -> (T - 1,) logps in nats of token_ids[1:], each given all tokens before it."""
+        from vllm import SamplingParams
+
+        self._reset_cache()
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        prompt: Any = {"prompt_token_ids": list(token_ids)}
+        (output,) = self._llm.generate(prompt, params, use_tqdm=False, lora_request=self._adapter)
+        assert output.prompt_logprobs is not None
+        steps = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
+        return [step[token].logprob for step, token in steps if step is not None]
+
+    def _reset_cache(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("vLLM did not drop its prefix cache: a request is still running")
+
+    def close(self) -> None:
+        """Ends the engine and its worker processes."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+def _sampling_params(sampling: SamplingConfig, seed: int) -> SamplingParams:
+    """Every setting is given, so that none comes from the model's generation_config."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        n=1,
+        seed=seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        stop=list(sampling.stop),
+        max_tokens=sampling.max_tokens,
+        logprobs=0,  # the sampled token's alone
+        # vLLM needs text only to look for stop strings; the record's text is decoded once, at the end.
+        detokenize=bool(sampling.stop),
+        include_stop_str_in_output=True,
+    )
+
+
+def _explain(error: BaseException, config: GeneratorConfig, on_cpu: bool) -> str:
+    """Why vLLM did not start, in one line, and what to change."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    lowered = reason.lower()
+    if any(word in lowered for word in ("kv cache", "kv_cache", "memory")):
+        knob, value = (
+            ("cpu_kv_cache_gib", config.cpu_kv_cache_gib)
+            if on_cpu
+            else ("gpu_memory_utilization", config.gpu_memory_utilization)
+        )
+        return (
+            f"vLLM could not start: {reason[:300]} (generator.{knob} is {value:g}; change it, or lower "
+            "generator.max_model_len or generator.max_num_seqs)"
+        )
+    return f"vLLM could not start: {reason[:300]}"

@@ -1,0 +1,26 @@
+"""What a vLLM worker does to take new weights. vLLM mixes this class into its worker, one per device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class WeightSync:
+    """Mixed into `vllm.v1.worker.gpu_worker.Worker` (`worker_extension_cls`) and called through `collective_rpc`."""
+
+    model_runner: Any
+
+    def load_policy(self, path: str) -> None:
+        """Replaces all weights by those of a Hugging Face folder on a disk this process sees."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+        from vllm.platforms import current_platform
+
+        self.model_runner.reload_weights(weights_path=path)
+        if not current_platform.is_cpu():
+            return
+        # On the CPU a layer's matrix multiplication is built from its weight when the weight is loaded. A
+        # checkpoint with tied embeddings has no `lm_head.weight`, so nothing rebuilds the head's, and the old
+        # head would go on answering.
+        for module in self.model_runner.get_model().modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)

@@ -1,0 +1,87 @@
+"""What the engine tests share: requests, policies on disk, and what transformers says of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from online_po.config import Config
+from online_po.types import Group, Policy, Probe, Prompt, Request
+
+PROMPT_IDS = tuple(range(20, 60))
+"""Longer than one 32-token block of the KV cache, so that samples share prefix blocks."""
+
+
+def make_config(path: Path, *, lora: bool = False, **generator: Any) -> Config:
+    settings: dict[str, Any] = {"max_tokens": 24, "cpu_kv_cache_gib": 0.25, "threads": 1, "max_num_seqs": 16}
+    return Config.parse(
+        {
+            "run": {"name": "test"},
+            "model": {"path": str(path)},
+            "prompts": {"path": "prompts.jsonl", "heldout_size": 1, "max_tokens": 64},
+            "generator": settings | generator,
+            "learner": {"lora": {"rank": 4} if lora else None},
+        }
+    )
+
+
+def make_request(number: int, samples: int = 3) -> Request:
+    """Prompts of different lengths that share a beginning."""
+    ids = (*PROMPT_IDS, *range(100 + number, 103 + 2 * number))
+    prompt = Prompt(id=f"p{number}", messages=(), text="", token_ids=ids)
+    return Request(prompt=prompt, seeds=tuple(1000 * number + i for i in range(samples)))
+
+
+def plain_piece(text: str) -> str:
+    """Two letters from inside a random text, whose other characters may be broken ones."""
+    found = re.search(r"[a-z]{2}", text[2:])
+    assert found is not None, text
+    return found.group()
+
+
+def teacher_forced(policy: Policy, token_ids: tuple[int, ...], base: Path) -> list[float]:
+    """(T - 1,) logps by transformers (and peft) in float32, read afresh from the policy's folder."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base if policy.is_adapter else policy.path, dtype="float32")
+    if policy.is_adapter:
+        model = PeftModel.from_pretrained(model, policy.path)
+    ids = torch.tensor([token_ids])
+    with torch.inference_mode():
+        logps = model.eval()(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return logps.gather(-1, ids[0, 1:, None])[:, 0].tolist()
+
+
+def make_probe(policy: Policy, base: Path) -> Probe:
+    return Probe(token_ids=PROMPT_IDS, token_logps=tuple(teacher_forced(policy, PROMPT_IDS, base)))
+
+
+def make_adapter(base: Path, out: Path, seed: int) -> Policy:
+    """A LoRA adapter with weights that matter, as peft saves it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(out)
+    return Policy(version=seed, path=out, is_adapter=True)
+
+
+def assert_logps_are_the_policys(groups: list[Group], policy: Policy, base: Path) -> None:
+    """The record's logps are what transformers says of the very token ids in it."""
+    for group in groups:
+        response = group.responses[0]
+        prompt = group.prompt.token_ids
+        said = teacher_forced(policy, prompt + response.token_ids, base)[len(prompt) - 1 :]
+        assert len(said) == len(response.token_logps)
+        assert max(abs(a - b) for a, b in zip(said, response.token_logps, strict=True)) < 1e-3
+        assert response.policy_version == policy.version

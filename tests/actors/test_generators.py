@@ -1,0 +1,163 @@
+"""The generator group: who gets which chunk, what comes back, and what is said when something fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+
+import pytest
+import ray
+
+from actors.engines import check_engine, environment
+from actors.generators import IN_FLIGHT, GeneratorGroup
+from make_tiny_model import make_tiny_model
+from online_po.config import SamplingConfig
+from online_po.errors import ConfigError, EngineError, SyncError
+from online_po.types import Policy, Probe
+from tests.actors.engines import PROMPT_IDS, assert_logps_are_the_policys, make_config, make_probe, make_request
+
+pytestmark = pytest.mark.distributed
+
+SAMPLING = SamplingConfig(max_tokens=12)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="error")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model):
+    """Two replicas of the transformers engine."""
+    group = GeneratorGroup(make_config(tiny_model, engine="transformers", replicas=2))
+    group.ready(300)
+    yield group
+    group.close()
+
+
+def chunks(n=5):
+    return [(10 + i, [make_request(2 * i), make_request(2 * i + 1)]) for i in range(n)]
+
+
+def test_chunks_come_back_whole_under_their_index(pair):
+    found = dict(pair.generate(chunks(), SAMPLING))
+    assert sorted(found) == [index for index, _ in chunks()]
+    for index, requests in chunks():
+        assert [g.prompt.id for g in found[index]] == [r.prompt.id for r in requests]
+        assert [[r.seed for r in g.responses] for g in found[index]] == [list(r.seeds) for r in requests]
+
+
+def test_one_replica_gives_what_two_give(pair, tiny_model):
+    solo = GeneratorGroup(make_config(tiny_model, engine="transformers"))
+    try:
+        solo.ready(300)
+        assert dict(solo.generate(chunks(), SAMPLING)) == dict(pair.generate(chunks(), SAMPLING))
+    finally:
+        solo.close()
+
+
+def test_chunks_are_read_only_as_far_ahead_as_replicas_need(pair):
+    read = []
+
+    def source():
+        for chunk in chunks(9):
+            read.append(chunk[0])
+            yield chunk
+
+    answers = pair.generate(source(), SAMPLING)
+    next(answers)
+    assert len(read) == 2 * IN_FLIGHT + 1
+    answers.close()
+    # What was given out and not asked for any more is in nobody's way.
+    assert len(dict(pair.generate(chunks(2), SAMPLING))) == 2
+
+
+def test_no_chunks_no_answers(pair):
+    assert list(pair.generate([], SAMPLING)) == []
+
+
+def test_sync_proves_the_weights(pair, tiny_model, tmp_path):
+    start = Policy(version=0, path=tiny_model)
+    new = Policy(version=3, path=make_tiny_model(tmp_path / "new", seed=1))
+    reports = pair.sync(new, make_probe(new, tiny_model))
+    assert [(r.replica, r.policy_version) for r in reports] == [(0, 3), (1, 3)]
+    assert all(r.max_logp_error < 1e-4 and r.seconds > 0 for r in reports)
+    (_, groups), *_ = pair.generate(chunks(1), SAMPLING)
+    assert_logps_are_the_policys(groups, new, tiny_model)
+    with pytest.raises(SyncError, match=r"replica 0 .* policy 3 .* nats"):
+        pair.sync(new, make_probe(start, tiny_model))
+    nan = Probe(token_ids=PROMPT_IDS, token_logps=(float("nan"),) * (len(PROMPT_IDS) - 1))
+    with pytest.raises(SyncError):
+        pair.sync(new, nan)
+    assert pair.sync(start, make_probe(start, tiny_model))[1].policy_version == 0
+
+
+def test_a_failing_sync_says_what_failed(pair, tiny_model, tmp_path):
+    start = Policy(version=0, path=tiny_model)
+    probe = make_probe(start, tiny_model)
+    with pytest.raises(SyncError, match=r"replica 0 could not load policy 1 .*nowhere"):
+        pair.sync(Policy(version=1, path=tmp_path / "nowhere"), probe)
+    pair.sync(start, probe)
+
+
+def test_a_dead_replica_is_named(tiny_model):
+    group = GeneratorGroup(make_config(tiny_model, engine="transformers"))
+    try:
+        group.ready(300)
+        os.kill(ray.get(group._actors[0].__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+        with pytest.raises(EngineError, match="replica 0 died"):
+            list(group.generate(chunks(2), SAMPLING))
+    finally:
+        group.close()
+
+
+def test_an_unloadable_model_is_an_error_of_ours(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    group = GeneratorGroup(make_config(tmp_path, engine="transformers"))
+    try:
+        with pytest.raises(ConfigError, match=r"model\.path"):
+            group.ready(300)
+    finally:
+        group.close()
+
+
+def test_a_late_engine_is_an_error(tiny_model):
+    group = GeneratorGroup(make_config(tiny_model, engine="transformers"))
+    try:
+        with pytest.raises(EngineError, match=r"startup_timeout_s"):
+            group.ready(0.01)
+    finally:
+        group.close()
+
+
+def test_vllm_that_is_not_installed_is_a_config_error(tiny_model, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else found(name))
+    with pytest.raises(ConfigError, match=r"vLLM is not installed.*generator\.engine: transformers"):
+        check_engine(make_config(tiny_model))
+    check_engine(make_config(tiny_model, engine="transformers"))
+
+
+def test_a_rank_that_vllm_does_not_take_is_a_config_error(tiny_model):
+    config = make_config(tiny_model, lora=True)
+    wide = config.learner.model_copy(update={"lora": config.learner.lora.model_copy(update={"rank": 600})})
+    with pytest.raises(ConfigError, match=r"learner\.lora\.rank is 600"):
+        check_engine(config.model_copy(update={"learner": wide}))
+
+
+def test_replicas_share_the_cores(tiny_model):
+    cores = len(os.sched_getaffinity(0))
+    assert environment(make_config(tiny_model, threads=None, replicas=cores))["OMP_NUM_THREADS"] == "1"
+    assert environment(make_config(tiny_model, threads=7))["OMP_NUM_THREADS"] == "7"
+
+
+def test_the_engine_takes_the_threads_it_is_given(pair):
+    def threads(_):
+        import torch
+
+        return torch.get_num_threads()
+
+    assert ray.get(pair._actors[0].__ray_call__.remote(threads)) == 1
