@@ -73,7 +73,7 @@ def placement(config: Config) -> Placement:
     need = replicas * generator + ranks * learner
     if need > have:
         raise ConfigError(
-            f"the cluster has {have} GPUs, but generator.replicas = {replicas} with {generator:g} each and learner.ranks "
-            f"= {ranks} with {learner:g} each need {need:g}; lower them, or set ray.generator_gpus and ray.learner_gpus"
+            f"the cluster has {have} GPUs, but generator.replicas = {replicas} with {generator:g} each and learner."
+            f"ranks = {ranks} with {learner:g} each need {need:g}; lower them, or set ray.generator_gpus and ray.learner_gpus"
         )
     return Placement(generator=generator, learner=learner)
