@@ -41,5 +41,5 @@ def test_eight_gpus(tmp_path, monkeypatch):
     ],
 )
 def test_too_few_gpus_are_refused_by_name(tmp_path, monkeypatch, gpus, overrides, need):
-    with pytest.raises(ConfigError, match=rf"the cluster has {gpus} GPUs.*generator.replicas.*ranks.* need {need}"):
+    with pytest.raises(ConfigError, match=rf"has {gpus} GPUs, but {need} are needed: generator.repl.*learner.ranks"):
         place(tmp_path, monkeypatch, gpus, **overrides)
