@@ -73,8 +73,8 @@ def placement(config: Config) -> Placement:
     need = replicas * generator + ranks * learner
     if need > have:
         raise ConfigError(
-            f"the cluster has {have} GPUs, but {need:g} are needed: generator.replicas = {replicas} with {generator:g} each "
-            f"and learner.ranks = {ranks} with {learner:g} each; lower them, or set ray.generator_gpus and "
+            f"the cluster has {have} GPUs, but {need:g} are needed: generator.replicas = {replicas} with {generator:g} "
+            f"each and learner.ranks = {ranks} with {learner:g} each; lower them, or set ray.generator_gpus and "
             "ray.learner_gpus"
         )
     return Placement(generator=generator, learner=learner)
