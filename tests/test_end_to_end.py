@@ -22,8 +22,12 @@ import yaml
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 JUDGE = '''
+import os, time
+
 def letters(prompt, response, metadata):
     """Share of lower-case letters and spaces among the first 40 characters; an empty response scores 0."""
+    if os.path.exists({slow!r}):
+        time.sleep(0.5)
     return sum(c.islower() or c == " " for c in response[:40]) / max(8, len(response[:40]))
 '''
 
@@ -34,7 +38,7 @@ RISE = 0.15
 def write_config(folder: Path, model: Path, **overrides: object) -> Path:
     """A run's config and everything it names, in a folder."""
     folder.mkdir(parents=True)
-    (folder / "letters_judge.py").write_text(JUDGE)
+    (folder / "letters_judge.py").write_text(JUDGE.format(slow=str(folder / "slow")))
     rows = [{"prompt": f"say something about number {i}", "number": i} for i in range(80)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config: dict = {
@@ -136,6 +140,7 @@ def test_stopped_by_ctrl_c_and_resumed_it_ends_the_same(finished, tmp_path, tiny
     folder = tmp_path / "stopped"
     config = write_config(folder, tiny_model)
     run = folder / "run"
+    (folder / "slow").touch()  # the judge takes its time: there is something to interrupt
     process = subprocess.Popen(
         [sys.executable, "-m", "online_po.cli", "run", str(config)],
         cwd=folder,
@@ -157,6 +162,7 @@ def test_stopped_by_ctrl_c_and_resumed_it_ends_the_same(finished, tmp_path, tiny
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 130, output
     assert "online-po resume" in output
+    (folder / "slow").unlink()
     online_po("report", run, cwd=folder)
     assert (run / "report.html").stat().st_size > 100_000
     assert "3" in online_po("status", run, cwd=folder).stdout
