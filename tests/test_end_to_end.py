@@ -172,7 +172,7 @@ def test_stopped_by_ctrl_c_and_resumed_it_ends_the_same(finished, tmp_path, tiny
     assert other.returncode == 2 and "loop.rounds: 3 there, 4 now" in other.stderr
 
 
-def test_an_exported_policy_loads_in_transformers(finished, tmp_path):
+def test_an_exported_policy_loads_in_transformers_and_vllm(finished, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     online_po("export", finished, tmp_path / "out", cwd=tmp_path)
@@ -180,6 +180,15 @@ def test_an_exported_policy_loads_in_transformers(finished, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], return_tensors="pt", return_dict=True)
     assert model(**ids).logits.isfinite().all()
+    code = (
+        "from vllm import LLM, SamplingParams\n"
+        f"llm = LLM({str(tmp_path / 'out')!r}, enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=1 << 26)\n"
+        "(answer,) = llm.chat([{'role': 'user', 'content': 'hi'}], SamplingParams(max_tokens=4), use_tqdm=False)\n"
+        "assert answer.outputs[0].token_ids\n"
+    )
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert loaded.returncode == 0, loaded.stderr
     again = online_po("export", finished, tmp_path / "out", cwd=tmp_path, ok=False)
     assert again.returncode == 2 and "exists already" in again.stderr
     assert online_po("export", finished, tmp_path / "x", "--round", 9, cwd=tmp_path, ok=False).returncode == 2
