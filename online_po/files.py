@@ -84,8 +84,8 @@ def _explained(path: Path) -> Iterator[None]:
         # Writers in other processes and in Rust lose the number of the error, but not its text.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             raise LedgerError(
-                f"no space left for {str(path)!r}; what was finished is kept: free some space (or set "
-                "run.keep_checkpoints in a new run) and resume"
+                f"no space left for {str(path)!r}; what was finished is kept: free some space, or lower "
+                "run.keep_checkpoints, and run the config again"
             ) from error
         if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise LedgerError(f"{str(path)!r} cannot be written ({error}); mend that and resume") from error
