@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from online_po.config import Config, SamplingConfig
@@ -23,7 +23,9 @@ class Engine(Protocol):
     dtype: str
     """Type it computes in: float32, bfloat16 or float16."""
 
-    def generate(self, index: int, requests: Sequence[Request], sampling: SamplingConfig) -> list[Group]: ...
+    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[dict[int, Group]]:
+        """Yields {place among `requests`: group} as groups finish, each once; their samples in order of the seeds."""
+        ...
 
     def load(self, policy: Policy) -> None: ...
 

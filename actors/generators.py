@@ -41,8 +41,9 @@ class GeneratorReplica:
             raise EngineError(f"generator replica {self._replica} could not start: {_one_line(error)}") from error
         return self._engine.dtype
 
-    def generate(self, index: int, requests: Sequence[Request], sampling: SamplingConfig) -> list[Group]:
-        return self._engine.generate(index, requests, sampling)
+    @ray.method(num_returns="streaming")
+    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[dict[int, Group]]:
+        yield from self._engine.generate(requests, sampling)
 
     def sync(self, policy: Policy, probe: Probe) -> SyncReport:
         """Loads the weights and tells what is held; the verdict is the driver's. Raises SyncError if nothing loads."""
@@ -105,29 +106,32 @@ class GeneratorGroup:
 
     def generate(
         self, chunks: Iterable[tuple[int, Sequence[Request]]], sampling: SamplingConfig
-    ) -> Iterator[tuple[int, list[Group]]]:
+    ) -> Iterator[tuple[int, dict[int, Group]]]:
         """See `online_po.protocols.Generator`. Raises EngineError if a replica fails."""
         # A config subclass would travel with all its fields; only how to sample matters.
         settings = SamplingConfig(**{name: getattr(sampling, name) for name in SamplingConfig.model_fields})
         source = iter(chunks)
         # Shallowest queues first, so that two chunks go to two replicas.
         free = deque(list(range(len(self._actors))) * IN_FLIGHT)
-        running: dict[Any, tuple[int, int]] = {}  # answer -> (replica, chunk index)
+        running: dict[Any, tuple[int, int]] = {}  # stream of answers -> (replica, chunk index)
 
         def hand_out() -> None:
             while free and (chunk := next(source, None)) is not None:
+                index, requests = chunk
                 replica = free.popleft()
-                running[self._actors[replica].generate.remote(*chunk, settings)] = replica, chunk[0]
+                running[self._actors[replica].generate.remote(requests, settings)] = replica, index
 
         hand_out()
         while running:
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            replica, index = running.pop(done)
-            groups = self._get(replica, done, None)
+            (stream,), _ = ray.wait(list(running), num_returns=1)
+            replica, index = running[stream]
+            ref = next(stream, None)
+            if ref is not None:
+                yield index, self._get(replica, ref, None)
+                continue
+            del running[stream]
             free.append(replica)
-            # Before the caller is given its answer: what it does with it may take a while.
             hand_out()
-            yield index, groups
         # A caller that stops listening leaves what was handed out to finish unheard. Cancelling it is no
         # gain: Ray 2.60 then waits 30 s for the missing call and fails the ones behind it.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ class _Row:
     """One response in the making."""
 
     prompt_ids: tuple[int, ...]
+    place: int
     index: int
     seed: int
     generator: torch.Generator
@@ -78,27 +79,31 @@ class TransformersEngine:
         logps = self._model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)  # (T - 1, V)
         return logps.gather(-1, ids[0, 1:, None])[:, 0].tolist()
 
-    def generate(self, index: int, requests: Sequence[Request], sampling: SamplingConfig) -> list[Group]:
-        """All responses to one chunk, in order of `requests` and their seeds. `index` is the chunk's."""
-        rows = [
+    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[dict[int, Group]]:
+        """All responses to one chunk: {place among `requests`: group} as groups finish."""
+        groups = [
             [
                 _Row(
                     prompt_ids=request.prompt.token_ids,
+                    place=place,
                     index=i,
                     seed=seed,
                     generator=torch.Generator(self._device).manual_seed(seed),
                 )
                 for i, seed in enumerate(request.seeds)
             ]
-            for request in requests
+            for place, request in enumerate(requests)
         ]
-        flat = [row for group in rows for row in group]
-        for start in range(0, len(flat), self._config.max_num_seqs):
-            self._decode(flat[start : start + self._config.max_num_seqs], sampling)
-        return [
-            Group(prompt=request.prompt, responses=tuple(self._response(row) for row in group))
-            for request, group in zip(requests, rows, strict=True)
-        ]
+        rows = [row for group in groups for row in group]
+        for start in range(0, len(rows), self._config.max_num_seqs):
+            for ended in self._decode(rows[start : start + self._config.max_num_seqs], sampling):
+                places = sorted({row.place for row in ended})
+                whole = [p for p in places if all(row.finish_reason is not None for row in groups[p])]
+                if whole:
+                    yield {
+                        p: Group(prompt=requests[p].prompt, responses=tuple(map(self._response, groups[p])))
+                        for p in whole
+                    }
 
     def _response(self, row: _Row) -> Response:
         assert row.finish_reason is not None
@@ -116,8 +121,8 @@ class TransformersEngine:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
     @torch.inference_mode()
-    def _decode(self, rows: list[_Row], sampling: SamplingConfig) -> None:
-        """Decodes rows together, prompts padded on the left, until each has ended."""
+    def _decode(self, rows: list[_Row], sampling: SamplingConfig) -> Iterator[list[_Row]]:
+        """Decodes rows together, prompts padded on the left, until each has ended; yields those that end, by step."""
         width = max(len(row.prompt_ids) for row in rows)
         ids = torch.tensor([[0] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in rows], device=self._device)
         pads = torch.tensor([width - len(row.prompt_ids) for row in rows], device=self._device)  # (B,)
@@ -145,6 +150,8 @@ class TransformersEngine:
                 row.token_logps.append(logp)
                 row.finish_reason = self._finished(row, sampling)
             going = [i for i, row in enumerate(rows) if row.finish_reason is None]
+            if len(going) < len(rows):
+                yield [row for row in rows if row.finish_reason is not None]
             if not going:
                 return
             if seen is not None:

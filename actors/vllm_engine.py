@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from actors.engines import LORA_RANKS
@@ -84,20 +84,34 @@ class VllmEngine:
             settings["gpu_memory_utilization"] = config.gpu_memory_utilization
         return settings
 
-    def generate(self, index: int, requests: Sequence[Request], sampling: SamplingConfig) -> list[Group]:
-        """All responses to one chunk, in order of `requests` and their seeds. `index` is the chunk's, for errors."""
+    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[dict[int, Group]]:
+        """All responses to one chunk: {place among `requests`: group} as groups finish."""
+        from vllm.inputs import tokens_input
+
         self._reset_cache()
-        prompts, params = [], []
-        for request in requests:
-            for seed in request.seeds:
-                prompts.append({"prompt_token_ids": list(request.prompt.token_ids)})
-                params.append(_sampling_params(sampling, seed))
-        outputs = iter(self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._adapter))
-        groups = []
-        for request in requests:
-            responses = tuple(self._response(i, seed, next(outputs)) for i, seed in enumerate(request.seeds))
-            groups.append(Group(prompt=request.prompt, responses=responses))
-        return groups
+        engine = self._llm.llm_engine
+        samples = [(place, i) for place, request in enumerate(requests) for i in range(len(request.seeds))]
+        made: list[dict[int, Response]] = [{} for _ in requests]
+        unfinished: set[str] = set()
+        try:
+            for number, (place, i) in enumerate(samples):
+                prompt = tokens_input(list(requests[place].prompt.token_ids))
+                params = _sampling_params(sampling, requests[place].seeds[i])
+                engine.add_request(str(number), prompt, params, lora_request=self._adapter)
+                unfinished.add(str(number))
+            while unfinished:
+                finished: dict[int, Group] = {}
+                for output in engine.step():
+                    place, i = samples[int(output.request_id)]
+                    unfinished.remove(output.request_id)
+                    made[place][i] = self._response(i, requests[place].seeds[i], output)
+                    if len(made[place]) == len(requests[place].seeds):
+                        responses = tuple(response for _, response in sorted(made[place].items()))
+                        finished[place] = Group(prompt=requests[place].prompt, responses=responses)
+                if finished:
+                    yield finished
+        finally:  # a caller that leaves early, or an error: the next chunk runs alone
+            engine.abort_request(list(unfinished))
 
     def _response(self, index: int, seed: int, output: RequestOutput) -> Response:
         sample = output.outputs[0]
@@ -159,9 +173,11 @@ class VllmEngine:
 def _sampling_params(sampling: SamplingConfig, seed: int) -> SamplingParams:
     """Every setting is given, so that none comes from the model's generation_config."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         n=1,
+        output_kind=RequestOutputKind.FINAL_ONLY,
         seed=seed,
         temperature=sampling.temperature,
         top_p=sampling.top_p,

@@ -20,7 +20,7 @@ from online_po.parts import Parts
 from online_po.round import probe_of, request, sample_round, train_round
 from online_po.seeds import stable_seed
 from online_po.tables import evaluation_to_table
-from online_po.types import Request
+from online_po.types import Group, Judgement, Request
 
 PROBE_TOKENS = 128
 PROBE_CANDIDATES = 256
@@ -166,13 +166,16 @@ def _evaluate(parts: Parts, version: int) -> dict[str, Any]:
             parts.require_going_on()
             yield part, [request(config, prompt, "evaluate", 0) for prompt in heldout[begin : begin + size]]
 
-    futures, done = {}, 0
-    for part, groups in parts.generator.generate(chunks(), config.eval_sampling):
-        futures[part] = (groups, parts.judges.submit(groups))
-        done += len(groups)
-        parts.observer.progress("evaluate", done, len(heldout))
-    groups = [group for part in sorted(futures) for group in futures[part][0]]
-    judgements = [judgement for part in sorted(futures) for judgement in futures[part][1].result()]
+    made: dict[int, Group] = {}
+    asked: list[tuple[list[int], Future[list[Judgement]]]] = []
+    for part, found in parts.generator.generate(chunks(), config.eval_sampling):
+        rows = [part * size + place for place in found]
+        made |= dict(zip(rows, found.values(), strict=True))
+        asked.append((rows, parts.judges.submit(list(found.values()))))
+        parts.observer.progress("evaluate", len(made), len(heldout))
+    judged = {row: answer for rows, future in asked for row, answer in zip(rows, future.result(), strict=True)}
+    groups = [made[row] for row in range(len(heldout))]
+    judgements = [judged[row] for row in range(len(heldout))]
     failures = [judgement.failure for judgement in judgements if judgement.failure]
     remedy = f"Policy {version} has no evaluation yet: mend the judge and resume, the evaluation is made again"
     check_failure_rate(failures, len(groups), config.judge.max_failure_rate, remedy)

@@ -22,11 +22,11 @@ class Generator(Protocol):
 
     def generate(
         self, chunks: Iterable[tuple[int, Sequence[Request]]], sampling: SamplingConfig
-    ) -> Iterator[tuple[int, list[Group]]]:
-        """Yields (chunk index, groups in order of the chunk's requests) as chunks finish.
+    ) -> Iterator[tuple[int, dict[int, Group]]]:
+        """Yields (chunk index, {place among the chunk's requests: group}) as groups finish, each once.
 
-        Chunks may come back in any order; the content of a chunk depends on its requests and on the
-        weights alone, never on the replica that made it or on what else was running.
+        Groups may come in any order; what is in them depends on their chunk's requests and on the
+        weights alone, never on the replica that made them or on what else was running.
         `chunks` is read lazily: only as far ahead as replicas need.
         """
         ...

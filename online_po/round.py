@@ -7,7 +7,7 @@ syncs the generators in between.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,7 +26,7 @@ from online_po.parts import Parts
 from online_po.protocols import Learner
 from online_po.seeds import stable_seed
 from online_po.tables import PAIR_SCHEMA, PromptRows, pairs_to_table, prompts_to_table
-from online_po.types import Judgement, Pair, Probe, Prompt, Request
+from online_po.types import Group, Judgement, Pair, Probe, Prompt, Request
 
 # -- sampling: prompts, generate, judge ------------------------------------------------------------
 
@@ -44,27 +44,29 @@ def sample_round(parts: Parts, round_: int) -> None:
     size = parts.config.generator.chunk_prompts
     numbers = range(-(-len(prompts) // size))
     made = {part for part in numbers if ledger.has_responses(round_, part)}
-    done = sum(len(prompts[part * size : (part + 1) * size]) for part in made)
+    unfinished: dict[int, dict[int, Group]] = defaultdict(dict)
 
-    def chunks() -> Iterator[tuple[int, list[Request]]]:
+    def chunk(part: int) -> Sequence[Prompt]:
+        return prompts[part * size : (part + 1) * size]
+
+    def missing() -> Iterator[tuple[int, list[Request]]]:
         for part in numbers:
             parts.require_going_on()
             if part not in made:
-                chunk = prompts[part * size : (part + 1) * size]
-                yield part, [request(parts.config, prompt, "sample", round_) for prompt in chunk]
+                yield part, [request(parts.config, prompt, "sample", round_) for prompt in chunk(part)]
 
     judging = Judging(parts, round_, len(prompts))
     with observer.phase("generate", round_):
+        done = 0
         for part in sorted(made):
-            chunk = prompts[part * size : (part + 1) * size]
-            known = ledger.judgements(round_, part) if ledger.has_judgements(round_, part) else None
-            if known is not None and not any(judgement.failure for judgement in known):
-                judging.known(len(chunk))
-            else:
-                judging.submit(part, ledger.responses(round_, part, chunk), known)
-        for part, groups in parts.generator.generate(chunks(), parts.config.generator):
-            ledger.write_responses(round_, part, groups)
-            judging.submit(part, groups, None)
+            judging.resume(part, chunk(part))
+            done += len(chunk(part))
+        for part, groups in parts.generator.generate(missing(), parts.config.generator):
+            unfinished[part] |= groups
+            of = min(size, len(prompts) - part * size)
+            if len(unfinished[part]) == of:
+                ledger.write_responses(round_, part, [group for _, group in sorted(unfinished.pop(part).items())])
+            judging.submit(part, of, groups)
             done += len(groups)
             observer.progress("generate", done, len(prompts))
     with observer.phase("judge", round_):

@@ -66,7 +66,7 @@ class FakeGenerator:
 
     def generate(
         self, chunks: Iterable[tuple[int, Sequence[Request]]], sampling: SamplingConfig
-    ) -> Iterator[tuple[int, list[Group]]]:
+    ) -> Iterator[tuple[int, dict[int, Group]]]:
         assert self.skill is not None, "asked to generate before any sync"
         for index, requests in chunks:
             if self.fail_after is not None:
@@ -74,7 +74,8 @@ class FakeGenerator:
                     raise KeyboardInterrupt
                 self.fail_after -= 1
             self.log.append(("generate", index, self.version))
-            yield index, [self._group(request, sampling) for request in requests]
+            for place in reversed(range(len(requests))):  # no order is promised
+                yield index, {place: self._group(requests[place], sampling)}
 
     def _group(self, request: Request, sampling: SamplingConfig) -> Group:
         responses = []

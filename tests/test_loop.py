@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import tempfile
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,7 +16,7 @@ import pytest
 
 from online_po import files
 from online_po.config import Config
-from online_po.errors import JudgeFailureRateError, LedgerError, NoPairsError
+from online_po.errors import JudgeFailureRateError, LedgerError, NoPairsError, OnlinePOError
 from online_po.ledger import Ledger
 from online_po.loop import run_rounds
 from online_po.observers import PhaseTimer
@@ -151,6 +154,69 @@ def test_responses_and_judgements_of_a_stopped_round_are_not_made_again(tmp_path
     first = next(entry for entry in again.generator.log if entry[0] == "generate")
     assert first == ("generate", 2, 0)
     assert not set(judged[4:]) & set(again.judges.judged[:2])
+
+
+def test_a_group_is_judged_while_its_chunk_is_still_generated(tmp_path, monkeypatch):
+    config = make_config(tmp_path, prompts={"path": "p"}, eval={"every": 0}, loop__rounds=1, generator__chunk_prompts=8)
+    parts, events = make_parts(config, heldout=0), []
+    make, judge, write = parts.generator._group, parts.judges._judge, parts.ledger.write_responses
+    for owner, name, real in (
+        (parts.generator, "_group", make),
+        (parts.judges, "_judge", judge),
+        (parts.ledger, "write_responses", write),
+    ):
+        monkeypatch.setattr(owner, name, lambda *args, name=name, real=real: (events.append(name), real(*args))[1])
+    run_rounds(parts)
+    assert events == ["_group", "_judge"] * 7 + ["_group", "write_responses", "_judge"]
+
+
+class LateJudge(FakeJudge):
+    """Answers from another thread, the latest question first, once `hold` groups wait for it."""
+
+    def __init__(self, hold: int) -> None:
+        super().__init__()
+        self.hold, self.waiting, self.most = hold, [], 0
+
+    def submit(self, groups):
+        future = Future()
+        self.waiting.append((future, groups))
+        self.most = max(self.most, sum(len(groups) for _, groups in self.waiting))
+        if len(self.waiting) >= self.hold:
+            threading.Thread(target=self.answer, args=[self.waiting[:]]).start()
+            self.waiting.clear()
+        return future
+
+    def answer(self, waiting):
+        for future, groups in reversed(waiting):
+            time.sleep(0.002)
+            future.set_result([self._judge(group) for group in groups])
+
+
+def test_what_a_round_holds_does_not_depend_on_when_the_judge_answers(tmp_path, monkeypatch):
+    setting = {"prompts": {"path": "p"}, "eval": {"every": 0}}
+    at_once = make_parts(make_config(tmp_path / "at_once", **setting), heldout=0)
+    run_rounds(at_once)
+    late = make_parts(make_config(tmp_path / "late", **setting), heldout=0)
+    late.judges = LateJudge(hold=4)
+    monkeypatch.setattr("online_po.judging.MAX_CHUNKS_IN_JUDGING", 2)  # 6 groups: the judge holds back at most 4
+    run_rounds(late)
+    assert content(at_once.ledger.root) == content(late.ledger.root)
+    assert late.judges.most == 4
+
+
+def test_generation_waits_for_a_judge_that_is_far_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("online_po.judging.MAX_CHUNKS_IN_JUDGING", 1)
+    parts = make_parts(make_config(tmp_path, prompts={"path": "p"}, eval={"every": 0}), heldout=0)
+    parts.judges = LateJudge(hold=100)  # never answers
+    running = ThreadPoolExecutor(1).submit(run_rounds, parts)
+    deadline = time.monotonic() + 30
+    while parts.judges.most < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)  # for what must not come
+    assert parts.judges.most == 3, "one chunk's groups, and no more"
+    parts.stopping.set()
+    with pytest.raises(OnlinePOError, match="ending"):
+        running.result(10)
 
 
 def test_too_many_judge_failures_stop_the_round_at_once_and_only_they_are_asked_again(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,24 @@ def make_request(number: int, samples: int = 3) -> Request:
     ids = (*PROMPT_IDS, *range(100 + number, 103 + 2 * number))
     prompt = Prompt(id=f"p{number}", messages=(), text="", token_ids=ids)
     return Request(prompt=prompt, seeds=tuple(1000 * number + i for i in range(samples)))
+
+
+def in_order(answers: Iterable[dict[int, Group]]) -> list[Group]:
+    """The groups of one chunk, in order of its requests; each must have come once."""
+    found: dict[int, Group] = {}
+    for groups in answers:
+        assert groups and not groups.keys() & found.keys()
+        found |= groups
+    assert sorted(found) == list(range(len(found)))
+    return [found[place] for place in range(len(found))]
+
+
+def by_chunk(answers: Iterable[tuple[int, dict[int, Group]]]) -> dict[int, list[Group]]:
+    """The groups of each chunk, in order of its requests; each must have come once."""
+    parts: dict[int, list[dict[int, Group]]] = {}
+    for index, groups in answers:
+        parts.setdefault(index, []).append(groups)
+    return {index: in_order(found) for index, found in parts.items()}
 
 
 def plain_piece(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from online_po.types import Policy
 from tests.actors.engines import (
     PROMPT_IDS,
     assert_logps_are_the_policys,
+    in_order,
     make_adapter,
     make_config,
     make_request,
@@ -47,7 +49,7 @@ def close(a, b):
 
 def test_a_response_is_recorded_exactly_as_sampled(engine, tiny_model):
     requests = [make_request(n, samples=6) for n in range(4)]
-    groups = engine.generate(0, requests, SamplingConfig(max_tokens=24))
+    groups = in_order(engine.generate(requests, SamplingConfig(max_tokens=24)))
     responses = [r for g in groups for r in g.responses]
     assert [g.prompt for g in groups] == [r.prompt for r in requests]
     assert [r.seed for g in groups for r in g.responses] == [s for r in requests for s in r.seeds]
@@ -62,26 +64,35 @@ def test_a_response_is_recorded_exactly_as_sampled(engine, tiny_model):
 
 def test_a_response_does_not_depend_on_its_batch(engine, tiny_model):
     requests = [make_request(n, samples=2) for n in range(3)]
-    together = engine.generate(0, requests, SamplingConfig(max_tokens=24))
-    alone = [engine.generate(0, [r], SamplingConfig(max_tokens=24))[0] for r in requests]
-    narrow = make_engine(tiny_model, max_num_seqs=2).generate(0, requests, SamplingConfig(max_tokens=24))
+    together = in_order(engine.generate(requests, SamplingConfig(max_tokens=24)))
+    alone = [in_order(engine.generate([r], SamplingConfig(max_tokens=24)))[0] for r in requests]
+    narrow = in_order(make_engine(tiny_model, max_num_seqs=2).generate(requests, SamplingConfig(max_tokens=24)))
     for groups in (alone, narrow):
         assert [[r.token_ids for r in g.responses] for g in groups] == [
             [r.token_ids for r in g.responses] for g in together
         ]
 
 
+def test_groups_come_as_they_finish(tiny_model):
+    """Those that end by EOS before those that run to max_tokens."""
+    engine = make_engine(tiny_model, max_num_seqs=96)
+    requests = [dataclasses.replace(make_request(n % 8), seeds=(n,)) for n in range(96)]
+    answers = list(engine.generate(requests, SamplingConfig(max_tokens=20)))
+    longest = [max(len(r.token_ids) for g in groups.values() for r in g.responses) for groups in answers]
+    assert longest == sorted(longest) and longest[0] < longest[-1] == 20
+
+
 def test_the_context_ends_a_response(tiny_model):
     config = make_config(tiny_model, engine="transformers")
     engine = TransformersEngine(config.model, config.generator, max_model_len=50)
-    (group,) = engine.generate(0, [make_request(0, samples=8)], SamplingConfig(max_tokens=24))
+    (group,) = in_order(engine.generate([make_request(0, samples=8)], SamplingConfig(max_tokens=24)))
     assert max(len(r.token_ids) for r in group.responses) == 50 - len(group.prompt.token_ids)
 
 
 def test_a_stop_string_ends_a_response_and_stays_in_it(engine):
-    free = engine.generate(0, [make_request(1)], SamplingConfig(max_tokens=24))[0].responses[0]
+    free = in_order(engine.generate([make_request(1)], SamplingConfig(max_tokens=24)))[0].responses[0]
     stop = plain_piece(free.text)
-    (group,) = engine.generate(0, [make_request(1)], SamplingConfig(max_tokens=24, stop=("never said", stop)))
+    (group,) = in_order(engine.generate([make_request(1)], SamplingConfig(max_tokens=24, stop=("never said", stop))))
     response = group.responses[0]
     assert response.finish_reason == "stop" and stop in response.text and len(response.token_ids) < len(free.token_ids)
     assert response.token_ids == free.token_ids[: len(response.token_ids)]
@@ -91,7 +102,7 @@ def test_a_stop_string_ends_a_response_and_stays_in_it(engine):
 def test_all_end_of_sequence_ids_of_the_generation_config_count(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 50, 51, 52, 53, 54]}')
-    (group,) = make_engine(folder).generate(0, [make_request(0, samples=16)], SamplingConfig(max_tokens=24))
+    (group,) = in_order(make_engine(folder).generate([make_request(0, samples=16)], SamplingConfig(max_tokens=24)))
     ends = {r.token_ids[-1] for r in group.responses if r.finish_reason == "stop"}
     assert ends & {50, 51, 52, 53, 54}
     assert not any(set(r.token_ids[:-1]) & {2, 50, 51, 52, 53, 54} for r in group.responses)
@@ -130,7 +141,7 @@ def test_the_repetition_penalty_discourages_what_was_seen():
 
 def test_the_repetition_penalty_sees_prompt_and_response(engine):
     greedy = {"max_tokens": 16, "temperature": 0.0}
-    (group,) = engine.generate(0, [make_request(0, samples=1)], SamplingConfig(**greedy, repetition_penalty=10))
+    (group,) = in_order(engine.generate([make_request(0, samples=1)], SamplingConfig(**greedy, repetition_penalty=10)))
     ids = group.responses[0].token_ids
     assert len(set(ids)) == len(ids) and not set(ids) & set(group.prompt.token_ids)
 
@@ -155,5 +166,5 @@ def test_an_adapter_replaces_the_one_before(tmp_path, tiny_model):
         policy = make_adapter(tiny_model, tmp_path / str(seed), seed)
         engine.load(policy)
         assert close(engine.token_logps(PROMPT_IDS), teacher_forced(policy, PROMPT_IDS, tiny_model))
-    groups = engine.generate(0, [make_request(0)], SamplingConfig(max_tokens=12))
+    groups = in_order(engine.generate([make_request(0)], SamplingConfig(max_tokens=12)))
     assert_logps_are_the_policys(groups, policy, tiny_model)

@@ -13,6 +13,7 @@ from online_po.errors import EngineError, SyncError
 from online_po.types import Policy
 from tests.actors.engines import (
     assert_logps_are_the_policys,
+    by_chunk,
     make_adapter,
     make_config,
     make_probe,
@@ -61,19 +62,42 @@ def chunks(n=4):
 
 def one(group, sampling, samples=4):
     """The responses to one request."""
-    ((_, (found,)),) = group.generate([(0, [make_request(1, samples)])], sampling)
-    return found.responses
+    return by_chunk(group.generate([(0, [make_request(1, samples)])], sampling))[0][0].responses
 
 
 def test_one_replica_gives_what_two_give_bit_for_bit(pair, solo):
-    expected = dict(solo.generate(chunks(), SAMPLING))
-    assert dict(pair.generate(chunks(), SAMPLING)) == expected
+    expected = by_chunk(solo.generate(chunks(), SAMPLING))
+    assert by_chunk(pair.generate(chunks(), SAMPLING)) == expected
     # Whatever ran before, in whatever order.
-    assert dict(pair.generate(reversed(chunks()), SAMPLING)) == expected
+    assert by_chunk(pair.generate(reversed(chunks()), SAMPLING)) == expected
+
+
+def test_groups_come_as_they_finish(solo):
+    """Of one chunk, those that end by EOS come before those that run to max_tokens."""
+    answers = [groups for _, groups in solo.generate([(0, [make_request(j, samples=1) for j in range(16)])], SAMPLING)]
+    assert len(answers) > 1
+    longest = [max(len(r.token_ids) for g in groups.values() for r in g.responses) for groups in answers]
+    assert longest == sorted(longest) and longest[0] < longest[-1] == 24
+
+
+def test_a_chunk_left_early_leaves_nothing_behind(solo):
+    """Whoever stops listening to the engine: the next chunk runs alone."""
+    requests = [make_request(j, samples=1) for j in range(16)]
+
+    def leave_early(replica):
+        answers = replica._engine.generate(requests, SAMPLING)
+        first = next(answers)
+        answers.close()
+        return first, replica._engine._llm.llm_engine.get_num_unfinished_requests()
+
+    first, unfinished = ray.get(solo._actors[0].__ray_call__.remote(leave_early))
+    assert len(first) < len(requests) and unfinished == 0
+    whole = by_chunk(solo.generate([(0, requests)], SAMPLING))[0]
+    assert all(whole[place] == group for place, group in first.items())
 
 
 def test_a_response_is_recorded_exactly_as_sampled(solo, tiny_model):
-    groups = [g for _, found in sorted(solo.generate(chunks(), SAMPLING)) for g in found]
+    groups = [g for _, found in sorted(by_chunk(solo.generate(chunks(), SAMPLING)).items()) for g in found]
     requests = [r for _, chunk in chunks() for r in chunk]
     assert [g.prompt for g in groups] == [r.prompt for r in requests]
     assert [tuple(r.seed for r in g.responses) for g in groups] == [r.seeds for r in requests]
@@ -90,7 +114,7 @@ def test_a_response_is_recorded_exactly_as_sampled(solo, tiny_model):
 
 def test_logps_are_those_of_the_untouched_distribution(solo, tiny_model):
     hard = SamplingConfig(max_tokens=8, temperature=0.5, top_k=5, top_p=0.9, min_p=0.01, repetition_penalty=1.5)
-    ((_, groups),) = solo.generate([(0, [make_request(0)])], hard)
+    groups = by_chunk(solo.generate([(0, [make_request(0)])], hard))[0]
     assert_logps_are_the_policys(groups, Policy(version=0, path=tiny_model), tiny_model)
 
 
@@ -128,17 +152,17 @@ def test_untied_weights_change_and_come_back(tmp_path):
 
 def check_full_sync(group, base, other):
     start, new = Policy(version=0, path=base), Policy(version=2, path=other)
-    before = dict(group.generate(chunks(2), SAMPLING))
+    before = by_chunk(group.generate(chunks(2), SAMPLING))
     for policy in (new, start, new):
         reports = group.sync(policy, make_probe(policy, base))
         assert all(r.policy_version == policy.version and r.max_logp_error < 1e-3 for r in reports)
-    found = dict(group.generate(chunks(2), SAMPLING))
+    found = by_chunk(group.generate(chunks(2), SAMPLING))
     assert_logps_are_the_policys([g for groups in found.values() for g in groups], new, base)
     with pytest.raises(SyncError, match=r"replica 0 .* policy 2"):
         group.sync(new, make_probe(start, base))
     group.sync(start, make_probe(start, base))
     # The same weights, so the same tokens: nothing of the other policy is left.
-    assert dict(group.generate(chunks(2), SAMPLING)) == before
+    assert by_chunk(group.generate(chunks(2), SAMPLING)) == before
 
 
 def test_adapters_change_and_go(tiny_model, tmp_path):
@@ -148,7 +172,7 @@ def test_adapters_change_and_go(tiny_model, tmp_path):
         for policy in (start, first, second, start, second):
             (report,) = group.sync(policy, make_probe(policy, tiny_model))
             assert report.policy_version == policy.version and report.max_logp_error < 1e-3
-        ((_, groups),) = group.generate(chunks(1), SAMPLING)
+        groups = by_chunk(group.generate(chunks(1), SAMPLING))[0]
         assert_logps_are_the_policys(groups, second, tiny_model)
         with pytest.raises(SyncError, match="policy 2"):
             group.sync(second, make_probe(first, tiny_model))
