@@ -10,8 +10,9 @@ os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 import ray
 
-from online_po.config import Config, RayConfig
+from online_po.config import Config
 from online_po.errors import ConfigError, first_line
+from online_po.sections import RayConfig
 
 
 def start(config: RayConfig) -> None:

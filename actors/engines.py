@@ -7,8 +7,9 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from online_po.config import Config, SamplingConfig
+from online_po.config import Config
 from online_po.errors import ConfigError
+from online_po.sections import SamplingConfig
 from online_po.types import Group, Policy, Request
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

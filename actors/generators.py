@@ -13,8 +13,9 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from actors import cluster
 from actors.engines import Engine, check_engine, environment, make_engine
-from online_po.config import Config, SamplingConfig
+from online_po.config import Config
 from online_po.errors import EngineError, OnlinePOError, SyncError
+from online_po.sections import SamplingConfig
 from online_po.types import Group, Policy, Probe, Request, SyncReport
 
 IN_FLIGHT = 2

@@ -15,8 +15,9 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from judges.calls import describe
 from judges.runtime import build_judge, judge_groups
-from online_po.config import Config, JudgeConfig
+from online_po.config import Config
 from online_po.errors import EngineError, OnlinePOError
+from online_po.sections import JudgeConfig
 from online_po.types import Group, Judgement
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 
 from online_po import policy_model
-from online_po.config import GeneratorConfig, ModelConfig, SamplingConfig
+from online_po.sections import GeneratorConfig, ModelConfig, SamplingConfig
 from online_po.types import FinishReason, Group, Policy, Request, Response
 
 # Shapes: B rows decoded together, T tokens of the longest prompt, V vocabulary.

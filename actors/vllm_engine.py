@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from actors.engines import LORA_RANKS
-from online_po.config import GeneratorConfig, SamplingConfig
 from online_po.errors import EngineError
+from online_po.sections import GeneratorConfig, SamplingConfig
 from online_po.types import FinishReason, Group, Policy, Request, Response
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import Any
 
 from judges.calls import Calls, describe
 from judges.protocol import JudgeError, scored, to_score
-from online_po.config import JudgeConfig
 from online_po.errors import ConfigError
+from online_po.sections import JudgeConfig
 from online_po.types import Group, Judgement
 
 

@@ -11,7 +11,7 @@ from judges.calls import describe
 from judges.protocol import Judge, JudgeError, failed
 from judges.python import PythonJudge, load_function
 from judges.rules import RulesJudge
-from online_po.config import JudgeConfig
+from online_po.sections import JudgeConfig
 from online_po.types import Group, Judgement
 
 

@@ -1,7 +1,7 @@
 """The configuration of a run: YAML in, one validated object out. Imports neither torch nor ray.
 
-Every field is read by something; every cross-check that needs no model happens here, at parse time.
-Checks that need the tokenizer or the model's context are in `online_po.plan`.
+Every cross-check of sections that needs no model happens here, at parse time. Checks that need the
+tokenizer or the model's context are in `online_po.plan`.
 """
 
 from __future__ import annotations
@@ -9,329 +9,28 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from online_po.errors import ConfigError
-
-
-def _local(value: str) -> str:
-    return os.path.abspath(os.path.expandvars(os.path.expanduser(value)))
-
-
-def _local_or_hub(value: str) -> str:
-    return _local(value) if os.path.exists(_local(value)) else os.path.expandvars(os.path.expanduser(value))
-
-
-LocalPath = Annotated[str, AfterValidator(_local)]
-"""A path on this machine: `~` and environment variables are expanded, a relative one starts at the working folder."""
-
-LocalOrHub = Annotated[str, AfterValidator(_local_or_hub)]
-"""The same where such a file or folder exists; else a name at the hub."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-
-class RunConfig(Section):
-    """Where the run lives and what makes it repeatable."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
-    dir: LocalPath = Field("runs", description="Folder that holds run folders.")
-    seed: int = Field(0, ge=0, description="All randomness of the run comes from this number.")
-    keep_checkpoints: int | None = Field(
-        2,
-        ge=1,
-        description="Newest rounds that keep weights and optimizer state; older ones keep their data only, "
-        "except a policy that the reference still needs. null keeps every round's.",
-    )
-    tensorboard: bool = Field(True, description="Also write metrics as TensorBoard events.")
-
-
-class ModelConfig(Section):
-    """The starting model: local folder or hub id."""
-
-    path: LocalOrHub = Field(
-        description="Local Hugging Face folder or hub id of the starting policy (on a cluster: a folder all nodes see)."
-    )
-    revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="Attention implementation of the learner (and of the transformers engine)."
-    )
-
-
-class PromptsConfig(Section):
-    """Which prompts are sampled from, and which are held out for evaluation."""
-
-    path: LocalPath | None = Field(None, description="Prompt file: .jsonl, .parquet or .csv. Or give `dataset`.")
-    dataset: LocalOrHub | None = Field(
-        None, description="Name or local folder of a data set read through `datasets`. Or give `path`."
-    )
-    subset: str | None = Field(None, description="Configuration name of the data set.")
-    split: str = Field("train", description="Split of the data set.")
-    column: str = Field("prompt", description="Column with the prompt: text, or a list of {role, content} messages.")
-    system: str | None = Field(
-        None, description="System prompt put in front of prompts that do not begin with a system message."
-    )
-    apply_chat_template: bool = Field(
-        True, description="Wrap prompts in the tokenizer's chat template; false feeds plain text as it is."
-    )
-    max_tokens: int = Field(1024, ge=1, description="Longer prompts (in tokens, template included) are skipped.")
-    limit: int | None = Field(None, ge=1, description="Use only the first so many prompts of the file.")
-    heldout_path: LocalPath | None = Field(
-        None, description="Prompt file for evaluation; prompts that also stand in the training file are dropped there."
-    )
-    heldout_size: int = Field(
-        0, ge=0, description="Without `heldout_path`: so many prompts are split off by seed for evaluation."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> PromptsConfig:
-        if (self.path is None) == (self.dataset is None):
-            raise ValueError("give exactly one of prompts.path and prompts.dataset")
-        if self.path is None and self.subset is None and self.split == "":
-            raise ValueError("prompts.split must not be empty")
-        if self.path is not None and (self.subset is not None or self.split != "train"):
-            raise ValueError("prompts.subset and prompts.split belong to prompts.dataset, not to prompts.path")
-        if self.heldout_path is not None and self.heldout_size:
-            raise ValueError("give prompts.heldout_path or prompts.heldout_size, not both")
-        return self
-
-
-class LoopConfig(Section):
-    """How much is generated between two weight syncs, and for how long."""
-
-    rounds: int = Field(3, ge=1, description="Rounds to run.")
-    prompts_per_round: int = Field(
-        64, ge=1, description="Prompts sampled in each round: thousands is iterative, one batch is fully online."
-    )
-    responses_per_prompt: int = Field(4, ge=1, description="Responses sampled for each prompt.")
-    max_staleness: int = Field(
-        0,
-        ge=0,
-        le=8,
-        description="How many rounds old the sampling policy is. 0: generate, then train. 1 or more: round k+1 is "
-        "generated while round k trains, by weights exactly so many rounds old (fewer in the first rounds).",
-    )
-
-
-class SamplingConfig(Section):
-    """How responses are drawn."""
-
-    temperature: float = Field(1.0, ge=0, le=10, description="Softmax temperature; 0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass.")
-    top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 keeps all.")
-    min_p: float = Field(
-        0.0, ge=0, lt=1, description="Drop tokens below this share of the likeliest one's probability."
-    )
-    repetition_penalty: float = Field(1.0, gt=0, le=10, description="Above 1 discourages tokens already seen.")
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="Strings that end a response.")
-    max_tokens: int = Field(512, ge=1, description="Response length limit, in tokens.")
-
-
-class GeneratorConfig(SamplingConfig):
-    """The sampling engine and how responses are drawn from it."""
-
-    engine: Literal["vllm", "transformers"] = Field("vllm", description="Inference engine.")
-    replicas: int = Field(1, ge=1, description="Engines working side by side.")
-    tensor_parallel: int = Field(1, ge=1, description="GPUs that share one vLLM engine.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Weights and compute type. auto: bfloat16 on GPU, float32 on CPU."
-    )
-    chunk_prompts: int = Field(
-        32, ge=1, description="Prompts handed to an engine at once; also the unit that is saved and resumed."
-    )
-    max_num_seqs: int = Field(256, ge=1, description="Sequences an engine decodes at the same time.")
-    max_model_len: int | None = Field(
-        None,
-        ge=1,
-        description="Context the engine allocates for. null: prompts.max_tokens + generator.max_tokens, as far as "
-        "the model's own context goes.",
-    )
-    gpu_memory_utilization: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Share of a GPU's memory vLLM may take. null: 0.85, or 0.4 where a learner rank shares the GPU.",
-    )
-    cpu_kv_cache_gib: float = Field(2.0, gt=0, description="KV cache of an engine on the CPU, in GiB.")
-    enforce_eager: bool | None = Field(
-        None, description="Skip vLLM's compilation. null: true on CPU (starts minutes sooner), false on GPU."
-    )
-    threads: int | None = Field(None, ge=1, description="CPU threads of an engine. null: all cores / replicas.")
-    sync_tolerance: float | None = Field(
-        None,
-        gt=0,
-        description="Largest difference in nats between a generator's and the learner's log-probability of a probe "
-        "token. null: 1e-3 where engine and learner compute in float32, else 0.25.",
-    )
-
-
-class JudgeConfig(Section):
-    """Who says which response is better."""
-
-    kind: Literal["rules", "python"] = Field(
-        "rules", description="rules: verifiable constraints in prompt metadata. python: your function."
-    )
-    function: str | None = Field(None, description="For python: `module:function`, sync or async.")
-    scope: Literal["response", "group"] = Field(
-        "response",
-        description="For python: called with (prompt, response, metadata) and giving one score, or called with "
-        "(prompt, responses, metadata) and giving one score per response.",
-    )
-    workers: int = Field(1, ge=1, description="Judge processes.")
-    concurrency: int = Field(8, ge=1, description="Calls in flight in one judge process.")
-    timeout_s: float = Field(60.0, gt=0, description="Seconds after which one call counts as failed.")
-    max_failure_rate: float = Field(
-        0.05, ge=0, le=1, description="The round stops if a larger share of its groups could not be judged."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> JudgeConfig:
-        if self.kind == "python" and not self.function:
-            raise ValueError("judge.kind is python, so judge.function must be given as `module:function`")
-        if self.kind != "python" and self.function:
-            raise ValueError(f"judge.function is for judge.kind: python, not {self.kind}")
-        if self.function and not all(part.strip() for part in self.function.partition(":")[::2]):
-            raise ValueError(f"judge.function is {self.function!r}; write it as `module:function`")
-        if self.kind != "python" and self.scope != "response":
-            raise ValueError(f"judge.scope is for judge.kind: python, not {self.kind}")
-        return self
-
-
-class PairsConfig(Section):
-    """How judged groups become preference pairs. Ties and identical responses are never paired."""
-
-    strategy: Literal["best_worst", "best_random", "random", "top_bottom_k", "all"] = Field(
-        "best_worst",
-        description="best_worst: one pair. best_random: best against a random worse one. random: a random pair. "
-        "top_bottom_k: the i-th best against the i-th worst, i < k. all: every pair.",
-    )
-    k: int = Field(2, ge=1, description="For top_bottom_k.")
-    max_per_prompt: int | None = Field(
-        None, ge=1, description="For all and top_bottom_k: at most so many pairs of a prompt, largest margins first."
-    )
-    min_margin: float = Field(0.0, ge=0, description="Score gap a pair must reach; a gap of 0 is a tie and never one.")
-
-
-class LossConfig(Section):
-    """The preference loss."""
-
-    name: Literal["sigmoid"] = Field("sigmoid", description="sigmoid: DPO.")
-    beta: float = Field(
-        0.1, gt=0, description="Higher keeps the policy closer to the reference; lower lets it drift further."
-    )
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Assumed share of wrong labels (conservative DPO); 0 is plain DPO."
-    )
-
-
-class ReferenceConfig(Section):
-    """The frozen anchor of the loss."""
-
-    kind: Literal["fixed", "refresh"] = Field(
-        "fixed", description="fixed: always the starting model. refresh: takes the policy every `every` rounds."
-    )
-    every: int = Field(1, ge=1, description="For refresh: rounds between two refreshes.")
-
-    @model_validator(mode="after")
-    def _check(self) -> ReferenceConfig:
-        if self.kind == "fixed" and self.every != 1:
-            raise ValueError("reference.every is for reference.kind: refresh, not fixed")
-        return self
-
-
-class LoraConfig(Section):
-    """Low-rank adapters (LoRA, Hu et al. 2021); without this section all weights are trained."""
-
-    rank: int = Field(16, ge=1, description="Rank of the adapters.")
-    alpha: float = Field(32.0, gt=0, description="Scale: the update is multiplied by alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input while training.")
-    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
-        "all-linear", description="Module names that get adapters, or all-linear."
-    )
-
-
-class LearnerConfig(Section):
-    """The optimizer's side."""
-
-    ranks: int = Field(1, ge=1, description="Processes that train together (FSDP2): gloo on CPU, NCCL on GPU.")
-    lora: LoraConfig | None = Field(None, description="LoRA settings; null trains all weights.")
-    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate.")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Shape of the learning rate over the whole run, after warm-up."
-    )
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Share of the peak that the schedule ends on.")
-    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the whole run spent warming up.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decay rates.")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped to this.")
-    global_batch_size: int = Field(32, ge=1, description="Pairs per optimizer step, over all ranks.")
-    micro_batch_tokens: int = Field(
-        4096, ge=1, description="Padded tokens in one forward pass of one rank; longer single pairs go alone."
-    )
-    epochs: int = Field(1, ge=1, description="Passes over a round's pairs.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, slower.")
-    param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type weights are kept and saved in.")
-    compute_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Type of the matrix work; losses and logps are float32 always."
-    )
-    threads: int | None = Field(None, ge=1, description="CPU threads of a rank. null: all cores / ranks.")
-    kl_to_start: bool = Field(
-        True,
-        description="Also measure KL to the starting policy when the reference is another one "
-        "(one more forward pass over the round's pairs).",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> LearnerConfig:
-        if self.global_batch_size % self.ranks:
-            raise ValueError(
-                f"learner.global_batch_size is {self.global_batch_size}, which learner.ranks = {self.ranks} does not "
-                "divide; choose a multiple"
-            )
-        if self.param_dtype == "bfloat16" and self.compute_dtype == "float32":
-            raise ValueError("learner.param_dtype is bfloat16, so learner.compute_dtype must be bfloat16 too")
-        if not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"learner.betas are {self.betas}; both must lie in [0, 1)")
-        return self
-
-
-class EvalConfig(Section):
-    """Evaluation on held-out prompts, the same seeds every time."""
-
-    every: int = Field(1, ge=0, description="Rounds between evaluations (start and end always count); 0: never.")
-    responses_per_prompt: int = Field(1, ge=1, description="Responses to each held-out prompt.")
-    temperature: float | None = Field(
-        None, ge=0, le=10, description="Temperature of evaluation. null: generator.temperature."
-    )
-    bootstrap_samples: int = Field(2000, ge=100, description="Resamples (over prompts) behind the 95% intervals.")
-
-
-class RayConfig(Section):
-    """The cluster. Not part of a run's identity: a run may continue elsewhere."""
-
-    address: str | None = Field(
-        None, description="Address of a running cluster, or `auto`. null: a private one on this machine."
-    )
-    learner_gpus: float | None = Field(
-        None,
-        ge=0,
-        description="GPUs of one learner rank. null: 1 where the cluster has GPUs, a share where there are too few, "
-        "else 0.",
-    )
-    generator_gpus: float | None = Field(
-        None,
-        ge=0,
-        description="GPUs of one generator. null: generator.tensor_parallel where there are GPUs, a share where there "
-        "are too few, else 0.",
-    )
-    judge_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for one judge process.")
-    startup_timeout_s: float = Field(600.0, gt=0, description="Seconds to wait for actors to be ready.")
+from online_po.sections import (
+    EvalConfig,
+    GeneratorConfig,
+    JudgeConfig,
+    LearnerConfig,
+    LoopConfig,
+    LossConfig,
+    ModelConfig,
+    PairsConfig,
+    PromptsConfig,
+    RayConfig,
+    ReferenceConfig,
+    RunConfig,
+    SamplingConfig,
+    Section,
+)
 
 
 class Config(Section):

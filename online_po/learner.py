@@ -27,12 +27,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from online_po import policy_model
 from online_po.batching import MicroBatch, PairTokens, collate, epoch_order, global_batches, rank_plans
-from online_po.config import LearnerConfig, LossConfig, ModelConfig
 from online_po.errors import ConfigError, OnlinePOError
 from online_po.logps import LogpModel, require_known_head
 from online_po.losses import LossInputs, pair_losses
 from online_po.optimizer import build_optimizer, clip_gradients, optimizer_tensors, read_optimizer, write_optimizer
 from online_po.schedule import learning_rate, run_progress
+from online_po.sections import LearnerConfig, LossConfig, ModelConfig
 from online_po.seeds import stable_seed
 from online_po.types import Policy
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from online_po.config import LossConfig
+from online_po.sections import LossConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

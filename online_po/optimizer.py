@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from online_po.config import LearnerConfig
 from online_po.policy_model import gather, is_rank_0, local, spread
+from online_po.sections import LearnerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -6,7 +6,7 @@ import itertools
 import random
 from typing import Literal
 
-from online_po.config import PairsConfig
+from online_po.sections import PairsConfig
 from online_po.types import Group, Judgement, Pair, Response
 
 Skip = Literal["judge_failed", "identical", "tie", "below_min_margin"]

@@ -25,9 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from online_po.config import LoraConfig, ModelConfig
 from online_po.errors import ConfigError
 from online_po.logps import LogpModel
+from online_po.sections import LoraConfig, ModelConfig
 from online_po.seeds import stable_seed
 
 ADAPTER_FILE = "adapter_model.safetensors"

@@ -15,8 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from online_po.config import PromptsConfig
 from online_po.errors import ConfigError
+from online_po.sections import PromptsConfig
 
 _BATCH_ROWS = 1024
 

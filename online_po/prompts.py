@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from online_po.config import PromptsConfig
 from online_po.errors import ConfigError
 from online_po.prompt_files import Source, open_dataset, open_file, plain, require_column
+from online_po.sections import PromptsConfig
 from online_po.seeds import stable_id, stable_seed
 from online_po.types import Message, Prompt
 

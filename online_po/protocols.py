@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from online_po.config import SamplingConfig
+    from online_po.sections import SamplingConfig
 
 
 class Generator(Protocol):

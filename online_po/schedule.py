@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from online_po.config import LearnerConfig
+from online_po.sections import LearnerConfig
 
 
 def run_progress(round_: int, step: int, steps_in_round: int, rounds: int) -> float:

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from online_po.config import Config, SamplingConfig
+from online_po.config import Config
 from online_po.errors import SyncError
+from online_po.sections import SamplingConfig
 from online_po.types import Group, JudgeFailure, Judgement, Policy, Probe, Prompt, Request, Response, SyncReport
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from online_po.config import LearnerConfig, LossConfig, ModelConfig
+from online_po.sections import LearnerConfig, LossConfig, ModelConfig
 from online_po.tables import PAIR_SCHEMA
 from online_po.types import Policy
 

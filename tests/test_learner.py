@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from make_tiny_model import make_tiny_model
-from online_po.config import LoraConfig
 from online_po.errors import ConfigError, OnlinePOError
 from online_po.schedule import learning_rate, run_progress
+from online_po.sections import LoraConfig
 from online_po.types import Policy
 from tests.learner_setup import (
     collect_logps,

@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from make_tiny_model import make_tiny_model
-from online_po.config import LoraConfig
 from online_po.errors import OnlinePOError
+from online_po.sections import LoraConfig
 from online_po.types import Policy
 from tests.learner_setup import (
     collect_logps,

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from online_po.config import LossConfig
 from online_po.losses import LossInputs, pair_losses, sigmoid
+from online_po.sections import LossConfig
 
 
 def logps(*values: float, grad: bool = False) -> torch.Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from online_po.config import PairsConfig
 from online_po.pairs import build_pairs
+from online_po.sections import PairsConfig
 from online_po.types import Group, JudgeFailure, Judgement, Prompt, Response
 
 PROMPT = Prompt(id="p", messages=({"role": "user", "content": "q"},), text="q", token_ids=(1,), metadata={})

@@ -13,8 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from make_tiny_model import make_tiny_model
-from online_po.config import LoraConfig, ModelConfig
 from online_po.errors import ConfigError
+from online_po.sections import LoraConfig, ModelConfig
 from online_po.types import Policy
 from tests.learner_setup import (
     collect_logps,

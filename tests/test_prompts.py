@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from make_tiny_model import make_tiny_tokenizer
-from online_po.config import PromptsConfig
 from online_po.errors import ConfigError
 from online_po.prompts import load_prompts
+from online_po.sections import PromptsConfig
 
 SYSTEM_REFUSED = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
 

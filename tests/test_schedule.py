@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from online_po.config import LearnerConfig
 from online_po.schedule import learning_rate, run_progress
+from online_po.sections import LearnerConfig
 
 
 def config(**changes: object) -> LearnerConfig:

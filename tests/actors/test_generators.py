@@ -12,8 +12,8 @@ import ray
 from actors.engines import check_engine, environment
 from actors.generators import IN_FLIGHT, GeneratorGroup
 from make_tiny_model import make_tiny_model
-from online_po.config import SamplingConfig
 from online_po.errors import ConfigError, EngineError, SyncError
+from online_po.sections import SamplingConfig
 from online_po.types import Policy, Probe
 from tests.actors.engines import (
     PROMPT_IDS,

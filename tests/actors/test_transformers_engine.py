@@ -10,7 +10,7 @@ import torch
 
 from actors.transformers_engine import TransformersEngine, sample
 from make_tiny_model import EOS, make_tiny_model
-from online_po.config import SamplingConfig
+from online_po.sections import SamplingConfig
 from online_po.types import Policy
 from tests.actors.engines import (
     PROMPT_IDS,

@@ -8,8 +8,8 @@ import ray
 from actors.generators import GeneratorGroup
 from actors.vllm_engine import _explain
 from make_tiny_model import EOS, make_tiny_model
-from online_po.config import SamplingConfig
 from online_po.errors import EngineError, SyncError
+from online_po.sections import SamplingConfig
 from online_po.types import Policy
 from tests.actors.engines import (
     assert_logps_are_the_policys,

@@ -5,8 +5,8 @@ import time
 import pytest
 
 from judges.runtime import LocalJudgePool, build_judge, check_judge, judge_groups
-from online_po.config import JudgeConfig
 from online_po.errors import ConfigError
+from online_po.sections import JudgeConfig
 
 from . import groups as users
 from .groups import make_group

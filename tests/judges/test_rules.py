@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from judges.rules import CONSTRAINTS, read_constraints, score_response, validate_constraints
 from judges.runtime import build_judge, check_judge, judge_groups
-from online_po.config import JudgeConfig
 from online_po.errors import ConfigError
+from online_po.sections import JudgeConfig
 
 from .groups import make_group
 
