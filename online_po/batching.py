@@ -54,9 +54,9 @@ def epoch_order(count: int, seed: int, round_: int, epoch: int) -> np.ndarray:
 
 
 def global_batches(order: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Cuts an order into optimizer steps of `size` pairs; the last may be smaller."""
-    for begin in range(0, len(order), size):
-        yield order[begin : begin + size]
+    """Cuts an order into the fewest optimizer steps of at most `size` pairs, as equal as can be: the update of a
+    step is normalised, so a remainder of one pair would count as much as a whole batch."""
+    yield from np.array_split(order, -(-len(order) // size))
 
 
 def rank_plans(rows: np.ndarray, widths: np.ndarray, ranks: int, token_limit: int) -> list[list[np.ndarray]]:

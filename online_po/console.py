@@ -178,7 +178,7 @@ def final_table(view: RunView) -> Table:
     table.add_column("held-out score", no_wrap=True)
     table.add_column("vs start", no_wrap=True)
     table.add_column("vs previous", no_wrap=True)
-    for name in ("tokens", "cut", "pairs", "KL k1"):
+    for name in ("toks", "cut", "pairs", "KL k1"):
         table.add_column(name, justify="right", no_wrap=True)
     for round_ in view.table_rounds:
         evaluation = round_.evaluation or {}

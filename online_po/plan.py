@@ -272,7 +272,7 @@ def _figures(
         "responses": f"{responses:,} a round, up to {responses * config.generator.max_tokens:,} tokens",
         "pairs": f"up to {need.pairs:,} a round: {need.steps:,} optimizer steps, {need.steps * loop.rounds:,} in all",
         "learner memory": f"about {need.learner / GIB:.1f} GiB a rank (of {config.learner.ranks}), and activations",
-        "engine memory": f"about {need.generator / GIB:.1f} GiB (of {config.generator.replicas}){cache}",
+        "engine memory": f"about {need.generator / GIB:.1f} GiB a replica (of {config.generator.replicas}){cache}",
         "disk": f"up to {need.disk / GIB:.1f} GiB in {config.run_dir}",
     }
 

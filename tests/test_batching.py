@@ -23,7 +23,8 @@ def test_order_is_the_same_in_another_process() -> None:
     assert [int(word) for word in printed.split()] == epoch_order(20, 3, 2, 1).tolist()
 
 
-def test_the_last_global_batch_is_smaller_not_dropped_not_filled() -> None:
+def test_global_batches_are_as_equal_as_can_be_and_keep_every_pair() -> None:
+    assert [len(batch) for batch in global_batches(np.arange(49), 16)] == [13, 12, 12, 12]
     order = epoch_order(11, 0, 1, 0)
     batches = list(global_batches(order, 4))
     assert [len(batch) for batch in batches] == [4, 4, 3]
