@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 # A stopped run must not start a new Ray by a late call; read when ray is imported.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from online_po.config import Config
 from online_po.errors import ConfigError, first_line
@@ -38,6 +42,7 @@ def start(config: RayConfig) -> None:
 
 def stop() -> None:
     """Leaves the cluster; a private Ray ends with it."""
+    _shared_gpus.clear()
     ray.shutdown()
 
 
@@ -52,11 +57,47 @@ class Placement:
 
     generator: float
     learner: float
+    pairs: int = 0
+    """So many GPUs hold one engine and one learner rank each: those of the same number."""
 
     @property
     def shared(self) -> bool:
         """Whether engines and learner ranks share GPUs."""
         return 0 < self.generator < 1
+
+    def options(self, gpus: float, number: int) -> dict[str, Any]:
+        """Ray's options for an actor, the `number`-th of its kind, that takes `gpus`."""
+        if not self.pairs:
+            return {"num_gpus": gpus}
+        # Ray fills one GPU before it takes the next: two halves asked for one after the other could be two ranks.
+        strategy = PlacementGroupSchedulingStrategy(_bundles(self.pairs), placement_group_bundle_index=number)
+        return {"num_gpus": gpus, "scheduling_strategy": strategy}
+
+
+_shared_gpus: dict[int, PlacementGroup] = {}
+
+
+def _bundles(count: int) -> PlacementGroup:
+    """One reservation of `count` GPUs, the same for engines and ranks; it ends with the connection to Ray."""
+    if count not in _shared_gpus:
+        _shared_gpus[count] = placement_group([{"GPU": 1}] * count, strategy="PACK")
+    return _shared_gpus[count]
+
+
+def cores() -> int:
+    """Cores that this process may use: its affinity, or what its container is allowed (cgroup v2), if less."""
+    usable = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return usable
+    return usable if quota == "max" else max(1, min(usable, int(quota) // int(period)))
+
+
+def log_of_this_process() -> str:
+    """Where an actor's output is kept, for a message; nothing where it goes to a terminal."""
+    path = os.path.realpath("/proc/self/fd/2")
+    return f" (its log is {path})" if os.path.isfile(path) else ""
 
 
 def placement(config: Config) -> Placement:
@@ -68,7 +109,7 @@ def placement(config: Config) -> Placement:
     free = generator is None and learner is None and config.generator.tensor_parallel == 1
     if free and max(replicas, ranks) <= have < replicas + ranks:
         # Too few for one each, but every GPU can hold an engine and a rank.
-        return Placement(generator=0.5, learner=0.5)
+        return Placement(generator=0.5, learner=0.5, pairs=max(replicas, ranks))
     generator = float(config.generator.tensor_parallel) if generator is None else generator
     learner = 1.0 if learner is None else learner
     need = replicas * generator + ranks * learner

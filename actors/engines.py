@@ -52,9 +52,8 @@ def check_engine(config: Config) -> None:
         )
 
 
-def environment(config: Config) -> dict[str, str]:
-    """Variables of an engine's process that must be set before it imports torch or vllm."""
-    cores = len(os.sched_getaffinity(0))
+def environment(config: Config, cores: int) -> dict[str, str]:
+    """Variables of an engine's process that must be set before it imports torch or vllm; engines share `cores`."""
     threads = config.generator.threads or max(1, cores // config.generator.replicas)
     passed = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -91,8 +90,8 @@ class LearnerGroup:
 
     def __init__(self, config: Config) -> None:
         ranks = config.learner.ranks
-        gpus = cluster.placement(config).learner
-        threads = config.learner.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+        place = cluster.placement(config)
+        threads = config.learner.threads or max(1, cluster.cores() // ranks)
         environment = {
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
@@ -101,10 +100,12 @@ class LearnerGroup:
             "TOKENIZERS_PARALLELISM": "false",
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic matrix products on GPUs need
         }
-        if gpus == 0:
+        if place.learner == 0:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves the GPUs visible to an actor that asked for none
-        actor = ray.remote(_Rank).options(num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": environment})
-        self._ranks = [actor.remote(config, rank, threads) for rank in range(ranks)]
+        actor = ray.remote(num_cpus=0, runtime_env={"env_vars": environment})(_Rank)
+        self._ranks = [
+            actor.options(**place.options(place.learner, rank)).remote(config, rank, threads) for rank in range(ranks)
+        ]
         meeting = self._ranks[0].rendezvous.remote() if ranks > 1 else None
         self._starting = [rank.start.remote(meeting) for rank in self._ranks]
 

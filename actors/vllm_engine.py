@@ -53,9 +53,13 @@ class VllmEngine:
         self.version = 0
 
     def _settings(self, path: str, config: GeneratorConfig, max_model_len: int) -> dict[str, Any]:
-        dtype = config.dtype
+        from vllm.platforms import current_platform
+
+        dtype: str = config.dtype
         if dtype == "auto":
-            dtype = "float32" if self._on_cpu else "bfloat16"
+            # GPUs before Ampere have no bfloat16.
+            on_gpu = "bfloat16" if current_platform.has_device_capability(80) else "float16"
+            dtype = "float32" if self._on_cpu else on_gpu
         settings: dict[str, Any] = {
             "dtype": dtype,
             "tensor_parallel_size": config.tensor_parallel,

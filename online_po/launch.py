@@ -106,10 +106,13 @@ def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: Phas
             sampler = ThreadPoolExecutor(1, thread_name_prefix="sampler")
             stack.callback(sampler.shutdown)
             groups: list[Any] = []
+            deadline = time.monotonic() + config.ray.startup_timeout_s
             for kind in (GeneratorGroup, LearnerGroup, JudgeGroup):
                 groups.append(kind(config))
                 stack.callback(groups[-1].close)
-            deadline = time.monotonic() + config.ray.startup_timeout_s
+                # vLLM measures what is free on its GPU while it starts: nobody else may take some meanwhile.
+                if cluster.placement(config).shared:
+                    groups[-1].ready(max(0.0, deadline - time.monotonic()))
             for group in groups:
                 group.ready(max(0.0, deadline - time.monotonic()))
         generator, learner, judges = groups

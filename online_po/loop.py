@@ -137,10 +137,10 @@ class _WeightHolder:
             probe = ledger.committed(version).probe
             reports = self.parts.generator.sync(ledger.policy(version, self.parts.start), probe)
         self.held = version
-        error = max(report.max_logp_error for report in reports)
+        error = max(report.mean_logp_error for report in reports)
         self.parts.observer.message(
             f"generators hold policy {version}, proved on {len(probe.token_logps)} probe tokens "
-            f"(largest logp difference {error:.1e})"
+            f"(mean logp difference {error:.1e})"
         )
 
     def evaluate(self, version: int, round_: int) -> None:

@@ -130,6 +130,8 @@ class SyncReport:
 
     replica: int
     policy_version: int
-    max_logp_error: float
-    """Largest absolute difference to the probe's token_logps, in nats."""
+    mean_logp_error: float
+    """Mean absolute difference to the probe's token_logps, in nats."""
+    unmoved: bool
+    """Whether it says of the probe, bit for bit, what it said under the policy version it held before."""
     seconds: float

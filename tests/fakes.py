@@ -102,7 +102,7 @@ class FakeGenerator:
         self.log.append(("sync", policy.version))
         if abs(probe.token_logps[0] - self.skill) > 1e-9:
             raise SyncError(f"probe says {probe.token_logps[0]}, the generator holds {self.skill}")
-        return [SyncReport(replica=0, policy_version=policy.version, max_logp_error=0.0, seconds=0.0)]
+        return [SyncReport(replica=0, policy_version=policy.version, mean_logp_error=0.0, unmoved=False, seconds=0.0)]
 
 
 class FakeJudge:

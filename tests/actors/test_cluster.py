@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import ray
 
 from actors import cluster
 from online_po.errors import ConfigError
@@ -23,6 +26,38 @@ def test_without_gpus_nobody_asks_for_one(tmp_path, monkeypatch):
 def test_one_gpu_is_shared_and_two_are_not(tmp_path, monkeypatch):
     assert place(tmp_path, monkeypatch, 1) == (0.5, 0.5)
     assert place(tmp_path, monkeypatch, 2) == (1, 1)
+
+
+def test_an_engine_and_a_rank_share_each_gpu(tmp_path, monkeypatch):
+    """With Ray's own bookkeeping, on GPUs that need not exist."""
+    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="error")
+
+    class Holder:
+        def gpus(self):
+            return ray.get_gpu_ids()
+
+    try:
+        place = cluster.placement(make_config(tmp_path, learner={"ranks": 2}, generator__replicas=2))
+        assert place.shared
+        actor = ray.remote(num_cpus=0)(Holder)
+        kinds = (place.generator, place.learner)
+        holders = [[actor.options(**place.options(gpus, number)).remote() for number in range(2)] for gpus in kinds]
+        engines, ranks = ([ray.get(holder.gpus.remote()) for holder in some] for some in holders)
+        assert engines == ranks and sorted(engines) == [[0], [1]]
+    finally:
+        cluster.stop()
+
+
+def test_a_containers_share_of_the_cores_counts(monkeypatch):
+    usable = len(os.sched_getaffinity(0))
+    for text, cores in (
+        ("max 100000\n", usable),
+        ("50000 100000\n", 1),
+        ("100000 100000\n", 1),
+        ("9900000 100000\n", usable),
+    ):
+        monkeypatch.setattr(cluster.Path, "read_text", lambda path, text=text: text)
+        assert cluster.cores() == cores
 
 
 def test_eight_gpus(tmp_path, monkeypatch):

@@ -155,7 +155,7 @@ def check_full_sync(group, base, other):
     before = by_chunk(group.generate(chunks(2), SAMPLING))
     for policy in (new, start, new):
         reports = group.sync(policy, make_probe(policy, base))
-        assert all(r.policy_version == policy.version and r.max_logp_error < 1e-3 for r in reports)
+        assert all(r.policy_version == policy.version and r.mean_logp_error < 1e-3 for r in reports)
     found = by_chunk(group.generate(chunks(2), SAMPLING))
     assert_logps_are_the_policys([g for groups in found.values() for g in groups], new, base)
     with pytest.raises(SyncError, match=r"replica 0 .* policy 2"):
@@ -171,7 +171,7 @@ def test_adapters_change_and_go(tiny_model, tmp_path):
     for group in started(make_config(tiny_model, lora=True)):
         for policy in (start, first, second, start, second):
             (report,) = group.sync(policy, make_probe(policy, tiny_model))
-            assert report.policy_version == policy.version and report.max_logp_error < 1e-3
+            assert report.policy_version == policy.version and report.mean_logp_error < 1e-3
         groups = by_chunk(group.generate(chunks(1), SAMPLING))[0]
         assert_logps_are_the_policys(groups, second, tiny_model)
         with pytest.raises(SyncError, match="policy 2"):
