@@ -177,6 +177,7 @@ class Ledger:
         if damaged:
             # What was made from them goes too.
             made = [folder / f"{name}_logps.parquet" for name in ("reference", "start")]
+            made += [folder / "judgements" / path.name for path in damaged if path.parent.name == "responses"]
             for path in [*damaged, folder / "judged.json", folder / "pairs.parquet", *made]:
                 path.unlink(missing_ok=True)
 
@@ -208,7 +209,11 @@ class Ledger:
     def committed(self, round_: int) -> Commit:
         commit = self.commit_of(round_)
         if commit is None:
-            raise LedgerError(f"round {round_} of {str(self.root)!r} is not committed")
+            last = self.last_committed()
+            raise LedgerError(
+                f"round {round_} of {str(self.root)!r} is not committed; "
+                + ("no round is yet" if last is None else f"the last one that is, is {last}")
+            )
         return commit
 
     def commit(self, round_: int, *, is_adapter: bool, reference_round: int, probe: Probe) -> Commit:
@@ -252,17 +257,28 @@ class Ledger:
         paths = [folder / name for name in expected]
         missing = [str(path) for path in paths if not path.exists()]
         if missing:
-            raise LedgerError(f"the ledger lacks committed files: {', '.join(missing)}")
+            raise LedgerError(f"committed files are missing: {', '.join(missing)}; {self._way_back(round_)}")
         for name, digest in zip(expected, files.sha256(paths), strict=True):
             if digest != expected[name]["sha256"]:
-                raise LedgerError(f"{str(folder / name)!r} is damaged: its hash is not the committed one")
+                raise LedgerError(
+                    f"{str(folder / name)!r} is damaged: its hash is not the committed one; {self._way_back(round_)}"
+                )
 
-    def prune(self, newest: int, keep: int | None, needed: int) -> None:
+    def _way_back(self, round_: int) -> str:
+        """What can be done about a committed round that is not whole any more."""
+        return (
+            f"restore it from a copy, or delete {str(self.round_dir(round_))!r} and later rounds: the run then goes on "
+            f"from round {round_ - 1}, if run.keep_checkpoints left its weights"
+        )
+
+    def prune(self, newest: int, keep: int | None, needed: int, since: int | None = None) -> None:
         """Deletes weights and optimizer state of rounds older than the `keep` newest, but for `needed`
-        (the reference) whose policy stays."""
+        (the reference) whose policy stays. `since`: the round before was pruned, with this reference: looks only
+        at what may go since then."""
         if keep is None:
             return
-        for round_ in range(1, newest - keep + 1):
+        old = range(1, newest - keep + 1)
+        for round_ in old if since is None else {since, newest - keep} & set(old):
             for name in WEIGHT_FOLDERS:
                 if not (name == "policy" and round_ == needed):
                     files.remove_folder(self.round_dir(round_) / name)
@@ -276,6 +292,12 @@ class Ledger:
             files.atomic_folder(folder / "trainer") as trainer,
         ):
             yield policy, trainer
+            for written in (policy, trainer):
+                if not any(written.iterdir()):
+                    raise LedgerError(
+                        f"the learner saved round {round_}, but nothing arrived in {str(written.parent)!r}: run.dir "
+                        "must be a folder that every node of the cluster sees; choose another run.dir"
+                    )
 
     # -- pieces of a round -----------------------------------------------------------------------
 
@@ -377,9 +399,11 @@ class Ledger:
         try:
             return files.read_parquet(path)
         except FileNotFoundError as error:
-            raise LedgerError(f"{str(path)!r} is missing from the run folder") from error
+            raise LedgerError(f"{str(path)!r} is missing; restore it from a copy of the run folder") from error
         except (OSError, pa.ArrowException) as error:  # Arrow raises OSError for a wrong checksum
-            raise LedgerError(f"{str(path)!r} is damaged: {first_line(error)}") from error
+            raise LedgerError(
+                f"{str(path)!r} is damaged ({first_line(error)}); restore it from a copy of the run folder"
+            ) from error
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -184,12 +184,12 @@ def _evaluate(parts: Parts, version: int) -> dict[str, Any]:
     remedy = f"Policy {version} has no evaluation yet: mend the judge and resume, the evaluation is made again"
     check_failure_rate(failures, len(groups), config.judge.max_failure_rate, remedy)
     table = evaluation_to_table(groups, judgements)
-    earlier = [summary["policy_version"] for summary in evaluations(ledger) if summary["policy_version"] < version]
+    earlier = next((v for v in reversed(range(version)) if ledger.evaluation_summary(v) is not None), None)
     summary = summarise(
         table,
         policy_version=version,
         start=ledger.evaluation(0) if version else None,
-        previous=ledger.evaluation(earlier[-1]) if earlier else None,
+        previous=ledger.evaluation(earlier) if earlier is not None else None,
         samples=config.eval.bootstrap_samples,
         seed=stable_seed(config.run.seed, "bootstrap"),
     )

@@ -89,6 +89,7 @@ class PhaseTimer(Silent):
         self, path: Path, clock: Callable[[], float] = time.monotonic, now: Callable[[], float] = time.time
     ) -> None:
         self._clock, self._now = clock, now
+        _end_last_line(path)
         self._file = path.open("a", encoding="utf-8")
         self._lock = threading.Lock()
         self._open: dict[object, tuple[str, int, float]] = {}  # phases going on: name, round, begin
@@ -152,8 +153,17 @@ class PhaseTimer(Silent):
             self._file.close()
 
 
+def _end_last_line(path: Path) -> None:
+    """Cuts off what a crash or a full disk left of a last line: the next one would be lost with it."""
+    if path.exists():
+        whole = path.read_bytes()
+        with path.open("r+b") as file:
+            file.truncate(whole.rfind(b"\n") + 1)
+
+
 class TensorBoardObserver(Silent):
-    """Writes metrics as TensorBoard events, with tensorboard's own writer (torch stays out).
+    """Writes metrics as TensorBoard events, with tensorboard's own writer (torch stays out). Where they cannot be
+    written (a full disk), it stops: telemetry must not end a run, nor hide what the ledger says of the same disk.
 
     Tags: learner/* by optimizer step, round/* by round, heldout/* by policy version. `steps_done` is the
     number of optimizer steps of earlier, committed rounds, from which a resumed run counts on.
@@ -172,7 +182,7 @@ class TensorBoardObserver(Silent):
     def round(self, summary: dict[str, Any]) -> None:
         self._write("round", summary, summary["round"])
         self._write("seconds", summary["phase_seconds"], summary["round"])
-        self._writer.flush()
+        self._flush()
 
     def evaluation(self, summary: dict[str, Any]) -> None:
         scalars = {name: summary[name] for name in ("length_mean", "truncated_share")}
@@ -181,15 +191,21 @@ class TensorBoardObserver(Silent):
             if (comparison := summary[f"versus_{other}"]) is not None:
                 scalars |= _interval(f"win_rate_{other}", comparison["win_rate"])
         self._write("heldout", scalars, summary["policy_version"])
-        self._writer.flush()
+        self._flush()
 
     def _write(self, prefix: str, values: Mapping[str, Any], step: int) -> None:
-        for name, value in values.items():
-            if isinstance(value, (int, float)) and name not in ("round", "step"):
-                self._writer.add_scalar(f"{prefix}/{name}", value, step)
+        with suppress(OSError):
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and name not in ("round", "step"):
+                    self._writer.add_scalar(f"{prefix}/{name}", value, step)
+
+    def _flush(self) -> None:
+        with suppress(OSError):
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with suppress(OSError):
+            self._writer.close()
 
 
 def _interval(name: str, interval: Mapping[str, Any] | None) -> dict[str, Any]:

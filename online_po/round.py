@@ -55,22 +55,22 @@ def sample_round(parts: Parts, round_: int) -> None:
             if part not in made:
                 yield part, [request(parts.config, prompt, "sample", round_) for prompt in chunk(part)]
 
-    judging = Judging(parts, round_, len(prompts))
-    with observer.phase("generate", round_):
-        done = 0
-        for part in sorted(made):
-            judging.resume(part, chunk(part))
-            done += len(chunk(part))
-        for part, groups in parts.generator.generate(missing(), parts.config.generator):
-            unfinished[part] |= groups
-            of = min(size, len(prompts) - part * size)
-            if len(unfinished[part]) == of:
-                ledger.write_responses(round_, part, [group for _, group in sorted(unfinished.pop(part).items())])
-            judging.submit(part, of, groups)
-            done += len(groups)
-            observer.progress("generate", done, len(prompts))
-    with observer.phase("judge", round_):
-        judging.finish()
+    with Judging(parts, round_, len(prompts)) as judging:
+        with observer.phase("generate", round_):
+            done = 0
+            for part in sorted(made):
+                judging.resume(part, chunk(part))
+                done += len(chunk(part))
+            for part, groups in parts.generator.generate(missing(), parts.config.generator):
+                unfinished[part] |= groups
+                of = min(size, len(prompts) - part * size)
+                if len(unfinished[part]) == of:
+                    ledger.write_responses(round_, part, [group for _, group in sorted(unfinished.pop(part).items())])
+                judging.submit(part, of, groups)
+                done += len(groups)
+                observer.progress("generate", done, len(prompts))
+        with observer.phase("judge", round_):
+            judging.finish()
 
 
 def draw_prompts(parts: Parts, round_: int) -> PromptRows:
@@ -103,7 +103,7 @@ def train_round(parts: Parts, round_: int) -> None:
     Raises NoPairsError if the round holds nothing to train on.
     """
     config, ledger, observer = parts.config, parts.ledger, parts.observer
-    reference_round = ledger.committed(round_ - 1).reference_round
+    reference_round = earlier_reference = ledger.committed(round_ - 1).reference_round
     with observer.phase("pair", round_):
         pairs, sampled = make_pairs(parts, round_)
     with observer.phase("reference", round_):
@@ -143,7 +143,7 @@ def train_round(parts: Parts, round_: int) -> None:
             reference_round=reference_round,
             probe=probe_of(parts.learner, ledger.committed(0).probe.token_ids),
         )
-        ledger.prune(round_, config.run.keep_checkpoints, reference_round)
+        ledger.prune(round_, config.run.keep_checkpoints, reference_round, since=earlier_reference)
     observer.round(summary)
 
 
@@ -215,7 +215,8 @@ def sampling_kl(
 
     The k1 estimator (Schulman 2020, "Approximating KL divergence"): the mean of log(pi / other) over
     responses drawn from pi, here both responses of every pair. Unlike the metrics of a step, which see
-    the same responses after pi has moved on, these are on-policy; that they were picked by score remains.
+    the same responses after pi has moved on, these are on-policy. Two biases remain: responses were picked
+    by score, and they were drawn at `generator.temperature` (and top_p and so on), while pi is temperature 1.
     """
     sampler = {name: pairs[f"{name}_sampler_logp"].to_numpy() for name in ("chosen", "rejected")}
     known = {"kl_reference": reference} | ({"kl_start": start} if start is not None else {})

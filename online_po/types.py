@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
-FailureKind = Literal["timeout", "error", "bad_value", "bad_length"]
+FailureKind = Literal["timeout", "error", "bad_value", "bad_length", "unanswered"]
 
 Message = dict[str, str]
 """One chat message: {"role": "system" | "user" | "assistant", "content": text}."""

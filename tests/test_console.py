@@ -202,3 +202,26 @@ def test_tensorboard_events(tmp_path, view):
     )
     assert [event.step for event in events.Tensors("learner/loss")][:2] == [101, 102]
     assert events.Tensors("heldout/score")[0].step == 1
+
+
+def test_tensorboard_that_cannot_be_written_ends_no_run(tmp_path, view, monkeypatch):
+    observer = TensorBoardObserver(tmp_path)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    for name in ("add_scalar", "flush", "close"):
+        monkeypatch.setattr(observer._writer, name, full)
+    observer.step(1, {"loss": 1.0})
+    observer.round({"round": 1, "phase_seconds": {"learn": 1.0}})
+    observer.close()
+
+
+def test_a_line_cut_short_does_not_spoil_the_next(tmp_path):
+    path = tmp_path / "timeline.jsonl"
+    path.write_text('{"phase": "learn", "round": 1}\n{"phase": "sa')
+    timer = PhaseTimer(path)
+    with timer.phase("generate", 2):
+        pass
+    timer.close()
+    assert [json.loads(line)["phase"] for line in path.open()] == ["learn", "generate"]

@@ -96,7 +96,7 @@ def test_a_flipped_byte_in_weights_is_found_and_named(ledger, tmp_path):
     with pytest.raises(LedgerError, match=r"model.safetensors' is damaged"):
         ledger.policy(1, tmp_path)
     path.unlink()
-    with pytest.raises(LedgerError, match=r"lacks committed files: .*model.safetensors"):
+    with pytest.raises(LedgerError, match=r"committed files are missing: .*model.safetensors"):
         ledger.policy(1, tmp_path)
 
 
@@ -187,6 +187,36 @@ def test_damaged_pieces_of_an_uncommitted_round_are_dropped_and_of_a_committed_o
         assert not ledger.has_responses(2, 0) and not ledger.is_judged(2)
     with pytest.raises(LedgerError, match="part-00000.parquet' is damaged"):
         ledger.responses(1, 0, [g.prompt for g in made])
+
+
+def test_scores_go_with_the_responses_they_were_given_to(ledger):
+    ledger.write_responses(1, 0, groups(1))
+    ledger.write_responses(1, 1, groups(1))
+    for part in (0, 1):
+        ledger.write_judgements(1, part, [Judgement(prompt_id="prompt-0", scores=(1.0, 2.0, 3.0))])
+    path = ledger.round_dir(1) / "responses/part-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with ledger.lock():
+        pass
+    assert ledger.has_judgements(1, 0) and not ledger.has_responses(1, 1) and not ledger.has_judgements(1, 1)
+
+
+def test_weights_that_arrived_elsewhere_are_not_committed(ledger):
+    """As on a cluster whose nodes do not share run.dir."""
+    with pytest.raises(LedgerError, match=r"run\.dir must be a folder that every node"), ledger.weights(1):
+        pass
+    assert not (ledger.round_dir(1) / "policy").exists()
+
+
+@pytest.mark.parametrize("incremental", [False, True])
+def test_pruning_round_by_round_equals_pruning_at_once(ledger, incremental):
+    ledger.commit(0, is_adapter=False, reference_round=0, probe=PROBE)
+    for round_ in range(1, 8):
+        reference, before = round_ // 3 * 3, (round_ - 1) // 3 * 3
+        write_round(ledger, round_, reference_round=reference)
+        ledger.prune(round_, 2, reference, since=before if incremental else None)
+    kept = {name: [r for r in range(1, 8) if (ledger.round_dir(r) / name).exists()] for name in ("policy", "trainer")}
+    assert kept == {"policy": [6, 7], "trainer": [6, 7]}
 
 
 def test_folders_that_are_no_run(ledger, tmp_path):

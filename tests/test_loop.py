@@ -132,7 +132,7 @@ def test_a_run_stopped_anywhere_while_generating_ends_the_same(tmp_path, stalene
 def test_after_a_resume_the_generators_get_the_committed_weights_first(tmp_path):
     config = make_config(tmp_path)
     parts = make_parts(config)
-    parts.generator.fail_after = 1 + 3 + 1 + 1  # evaluation is one chunk, a round three: stops inside round 2
+    parts.generator.fail_after = 2 + 3 + 2 + 1  # evaluation is two chunks, a round three: stops inside round 2
     with pytest.raises(KeyboardInterrupt):
         run_rounds(parts)
     assert parts.ledger.last_committed() == 1
@@ -145,7 +145,7 @@ def test_after_a_resume_the_generators_get_the_committed_weights_first(tmp_path)
 def test_responses_and_judgements_of_a_stopped_round_are_not_made_again(tmp_path):
     config = make_config(tmp_path)
     parts = make_parts(config)
-    parts.generator.fail_after = 1 + 2  # evaluation is one chunk, then two of round 1's three
+    parts.generator.fail_after = 2 + 2  # evaluation is two chunks, then two of round 1's three
     with pytest.raises(KeyboardInterrupt):
         run_rounds(parts)
     judged = list(parts.judges.judged)
@@ -233,6 +233,37 @@ def test_too_many_judge_failures_stop_the_round_at_once_and_only_they_are_asked_
     run_rounds(again)
     assert again.judges.judged[0] == first
     assert len(again.judges.judged) == 1 + 5 + 2 * 8
+
+
+def test_what_a_failing_judge_did_answer_is_not_asked_again(tmp_path):
+    """Also of a part that it had not answered whole when the round was stopped."""
+    config = make_config(tmp_path, prompts={"path": "p"}, eval={"every": 0}, loop__rounds=1, generator__chunk_prompts=4)
+    parts = make_parts(config, heldout=0)
+    prompts = [prompt.id for prompt in draw_prompts(parts, 1)]
+    parts.judges = SilentJudge(silent=prompts[5])  # in the second part
+    parts.judges.fails = {prompts[1]: JudgeFailure(kind="error", message="no")}  # in the first
+    parts.config = config.model_copy(update={"judge": config.judge.model_copy(update={"max_failure_rate": 0.2})})
+    run = ThreadPoolExecutor(1).submit(run_rounds, parts)
+    deadline = time.monotonic() + 30
+    while len(parts.judges.judged) < 7 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    parts.stopping.set()
+    with pytest.raises(OnlinePOError, match="ending"):
+        run.result(10)
+    again = make_parts(config, heldout=0)
+    run_rounds(again)
+    assert sorted(again.judges.judged) == sorted([prompts[1], prompts[5]])
+
+
+class SilentJudge(FakeJudge):
+    """Never answers about one prompt."""
+
+    def __init__(self, silent: str) -> None:
+        super().__init__()
+        self.silent = silent
+
+    def submit(self, groups):
+        return Future() if groups[0].prompt.id == self.silent else super().submit(groups)
 
 
 def test_failures_that_were_let_pass_stay_failures_after_a_resume(tmp_path):
