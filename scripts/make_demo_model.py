@@ -38,10 +38,10 @@ STAMP = "online_po_demo.json"
 
 
 def cache_dir() -> Path:
-    """ONLINE_PO_CACHE, else XDG_CACHE_HOME/online-po, else ~/.cache/online-po."""
+    """ONLINE_PO_CACHE, else ~/.cache/online-po, where the configs look."""
     if own := os.environ.get("ONLINE_PO_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "online-po"
+    return Path.home() / ".cache" / "online-po"
 
 
 def is_made(folder: Path) -> bool:

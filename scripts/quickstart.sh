@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/setup.sh
 PATH=$(realpath -m "${ONLINE_PO_VENV:-.venv}")/bin:$PATH
-ONLINE_PO_CACHE=${ONLINE_PO_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/online-po}
+ONLINE_PO_CACHE=${ONLINE_PO_CACHE:-$HOME/.cache/online-po}
 ONLINE_PO_CACHE=$(realpath -m "$ONLINE_PO_CACHE")
 export PATH ONLINE_PO_CACHE HF_HUB_OFFLINE=1 # nothing here needs a model hub
 

@@ -14,7 +14,6 @@ stamp=$venv/.online-po-stamp          # written last: what the environment was m
 backend_file=$venv/.online-po-backend # written first: the folder is ours, and for which backend
 log=$venv/setup.log
 torch_siblings=(torchvision torchaudio torchcodec)
-pytorch_cpu_index=https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -47,14 +46,15 @@ step() {
 }
 
 find_python() {
-    local name
-    for name in ${ONLINE_PO_PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    local name names=(python3 python3.13 python3.12 python3.11)
+    [[ -z ${ONLINE_PO_PYTHON:-} ]] || names=("$ONLINE_PO_PYTHON")
+    for name in "${names[@]}"; do
         if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
             command -v "$name"
             return
         fi
     done
-    die "needs Python 3.11, 3.12 or 3.13; looked for: ${ONLINE_PO_PYTHON:-python3 python3.13 python3.12 python3.11}" \
+    die "needs Python 3.11, 3.12 or 3.13; looked for: ${names[*]}" \
         "Install one, or name it: ONLINE_PO_PYTHON=/path/to/python bash scripts/setup.sh"
 }
 
@@ -95,20 +95,20 @@ prepare_venv() {
     fi
 }
 
-index_options=()
-
 install_torch() {
     if [[ $1 == gpu ]]; then
         # Another build may be on pip's find-links, and a local version outranks the plain one.
         step "torch $torch (GPU build)" pip install --no-compile -c constraints.txt "torch==$torch,!=$torch+cpu"
         return
     fi
-    local from="the file that pip already finds"
-    if ! pip install --dry-run --no-deps --ignore-installed "torch==$torch+cpu" >>"$log" 2>&1; then
-        index_options=(--extra-index-url "$pytorch_cpu_index")
-        from="PyTorch's CPU index"
+    if pip install --dry-run --no-deps --ignore-installed "torch==$torch+cpu" >>"$log" 2>&1; then
+        step "torch $torch+cpu, from where pip finds it" pip install --no-compile -c constraints.txt "torch==$torch+cpu"
+        return
     fi
-    step "torch $torch+cpu, from $from" pip install --no-compile -c constraints.txt "${index_options[@]}" "torch==$torch+cpu"
+    # PyPI has no CPU builds of torch; uv knows PyTorch's own index of them.
+    step "uv, which knows where torch's CPU builds are" pip install --no-compile -c constraints.txt uv
+    step "torch $torch+cpu, from PyTorch's CPU index" "$venv/bin/python" -m uv pip install --torch-backend cpu \
+        --python "$venv/bin/python" -c constraints.txt "torch==$torch+cpu"
 }
 
 # vLLM's CPU build names torchvision, torchaudio and torchcodec as its dependencies. Where only CUDA builds of
@@ -121,9 +121,9 @@ install_rest() {
         return
     fi
     step "resolving vLLM, Ray, transformers and the rest" \
-        pip install --dry-run --report "$venv/report.json" "${index_options[@]}" "${wanted[@]}"
+        pip install --dry-run --report "$venv/report.json" "${wanted[@]}"
     say "$(choose_packages)"
-    step "installing them" pip install --no-compile --no-deps "${index_options[@]}" -r "$venv/install.txt"
+    step "installing them" pip install --no-compile --no-deps -r "$venv/install.txt"
     local name version
     for name in "${torch_siblings[@]}"; do # of an environment made by other means
         version=$("$venv/bin/python" -c "from importlib.metadata import version as v; print(v('$name'))" 2>/dev/null) || continue

@@ -9,8 +9,9 @@ bash scripts/setup.sh
 PATH=$(realpath -m "${ONLINE_PO_VENV:-.venv}")/bin:$PATH
 export PATH HF_HUB_OFFLINE=1 # nothing here needs a model hub
 
-python scripts/make_demo_model.py
-ruff check
-ruff format --check
-mypy
-pytest "$@"
+# As modules: a script in an environment remembers the folder it was made in, and a checkout may be moved.
+python -m ruff check
+python -m ruff format --check
+python -m mypy
+python scripts/make_demo_model.py # the quickstart's model is made as on a new machine, and looked at
+python -m pytest "$@"
