@@ -15,7 +15,7 @@ PROMPT_IDS = tuple(range(20, 60))
 
 
 def make_config(path: Path, *, lora: bool = False, **generator: Any) -> Config:
-    settings: dict[str, Any] = {"max_tokens": 24, "threads": 1, "max_num_seqs": 16}
+    settings: dict[str, Any] = {"max_tokens": 24, "threads": 1, "max_num_seqs": 16, "dtype": "float32"}
     if generator.get("engine") != "transformers":
         settings["cpu_kv_cache_gib"] = 0.25
     return Config.parse(
