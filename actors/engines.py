@@ -89,5 +89,7 @@ def _max_model_len(config: Config) -> int:
     if config.generator.max_model_len is not None:
         return config.generator.max_model_len
     wanted = config.prompts.max_tokens + config.generator.max_tokens
-    settings = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision).get_text_config()
+    settings = AutoConfig.from_pretrained(
+        config.model.path, revision=config.model.revision, trust_remote_code=False
+    ).get_text_config()
     return min(wanted, getattr(settings, "max_position_embeddings", wanted))

@@ -46,7 +46,9 @@ class TransformersEngine:
             self.dtype = "bfloat16" if self._device.type == "cuda" else "float32"
         self._path = model.path
         self._model: Any = self._read(model.path)
-        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
+        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=False
+        )
         self._eos_ids = _eos_ids(self._model.generation_config.eos_token_id, self._tokenizer.eos_token_id)
         self.version = 0
 
