@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
+from yaml.nodes import MappingNode, Node, ScalarNode
 
 from online_po.errors import ConfigError
 from online_po.sections import (
@@ -85,6 +86,8 @@ class Config(Section):
             raise ValueError(
                 f"model.revision is {self.model.revision!r}, but model.path is a local folder, which has none; drop it"
             )
+        self._check_types()
+        self._check_gpus()
         self._refuse_inert()
         if self.loop.max_staleness >= self.loop.rounds:
             raise ValueError(
@@ -104,6 +107,42 @@ class Config(Section):
                 "no held-out prompts for evaluation: set prompts.heldout_path or prompts.heldout_size, or eval.every: 0"
             )
         return self
+
+    def _check_types(self) -> None:
+        """Number types that would train nothing, or that attention does not compute in."""
+        learner = self.learner
+        if learner.param_dtype == "bfloat16" and learner.lora is None:
+            # At a usual learning rate an AdamW step is below half of a bfloat16 ulp of most weights: rounded to nothing
+            raise ValueError(
+                "learner.param_dtype is bfloat16, but all weights are trained, and their small steps would be rounded "
+                "away; set learner.param_dtype: float32 with learner.compute_dtype: bfloat16, or learner.lora"
+            )
+        if self.model.attention == "flash_attention_2" and learner.compute_dtype == "float32":
+            raise ValueError(
+                "model.attention is flash_attention_2, which cannot compute in learner.compute_dtype: float32; set "
+                "learner.compute_dtype: bfloat16, or model.attention: sdpa"
+            )
+
+    def _check_gpus(self) -> None:
+        """GPUs of `ray` against what engines and ranks do with them."""
+        engine, rank = self.ray.generator_gpus, self.ray.learner_gpus
+        parallel, ranks = self.generator.tensor_parallel, self.learner.ranks
+        if parallel > 1 and engine is not None and engine < parallel:
+            raise ValueError(
+                f"ray.generator_gpus is {engine:g}, but generator.tensor_parallel is {parallel}: an engine needs a GPU "
+                "for each part; give as many, or leave ray.generator_gpus out"
+            )
+        if ranks > 1 and rank is not None and 0 < rank < 1:
+            raise ValueError(
+                f"ray.learner_gpus is {rank:g}, but learner.ranks is {ranks}: two ranks could be put on one GPU, which "
+                "NCCL refuses; set ray.learner_gpus: 1, or leave it and ray.generator_gpus out"
+            )
+        if ranks > 1 and rank is None and engine is not None and 0 < engine < 1:
+            raise ValueError(
+                f"ray.generator_gpus is {engine:g}, but learner.ranks is {ranks} and ray.learner_gpus is not given: "
+                "ranks share no GPU with one another, which NCCL refuses; set ray.learner_gpus: 1 too, or leave both "
+                "out"
+            )
 
     def _refuse_inert(self) -> None:
         """A setting that would be ignored beside another one is refused, not ignored."""
@@ -137,12 +176,17 @@ class Config(Section):
 
     def identity(self) -> dict[str, Any]:
         """Everything that shapes the run's results. Where it lies, what it runs on, and bounds that stop it may
-        differ between two starts."""
+        differ between two starts.
+
+        Model and prompts are compared by content, see `Ledger.require_same`: the prompts by a hash of all they say
+        and of their tokens, the model by its config and the sizes of its weights, then by a probe."""
         return self.model_dump(
             mode="json",
             exclude={
                 "ray": True,
                 "run": {"name", "dir", "tensorboard", "keep_checkpoints"},
+                "model": {"path", "revision"},
+                "prompts": {"path", "dataset", "subset", "split", "heldout_path"},
                 "generator": {"replicas", "threads", "gpu_memory_utilization", "cpu_kv_cache_gib", "sync_tolerance"},
                 "judge": {"workers", "concurrency", "timeout_s", "max_failure_rate"},
                 "learner": {"threads"},
@@ -158,10 +202,7 @@ class Config(Section):
             raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"config file {str(path)!r} is not UTF-8 text: {error}") from error
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"config file {str(path)!r} is not valid YAML: {error}") from error
+        data = _load_yaml(text, f"config file {str(path)!r}")
         if not isinstance(data, dict):
             raise ConfigError(f"config file {str(path)!r} must hold sections such as run: and model:")
         for override in overrides:
@@ -180,6 +221,39 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+class _RepeatedKeyError(yaml.YAMLError):
+    """A mapping with a key twice; YAML forbids it, PyYAML keeps the last one."""
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands in a mapping twice. Merge keys (`<<`) may: they are no keys of the mapping's own."""
+
+    def compose_mapping_node(self, anchor: dict[Any, Node]) -> MappingNode:
+        mapping = super().compose_mapping_node(anchor)
+        seen: dict[str, int] = {}
+        for key, _ in mapping.value:
+            if not isinstance(key, ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise _RepeatedKeyError(
+                    f"line {line}: the key {key.value!r} stands there already, in line {seen[key.value]}; make one of "
+                    "the two"
+                )
+            seen[key.value] = line
+        return mapping
+
+
+def _load_yaml(text: str, where: str) -> Any:
+    """`where`: what the text is, for messages. Raises ConfigError."""
+    try:
+        return yaml.load(text, _UniqueKeyLoader)
+    except _RepeatedKeyError as error:
+        raise ConfigError(f"{where}, {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from error
+
+
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
@@ -193,10 +267,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
         node = child
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    node[last] = _load_yaml(value, f"override {override!r}: the value")
 
 
 def _explain(item: Any) -> str:

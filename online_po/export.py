@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,14 +10,15 @@ from online_po.errors import ConfigError
 from online_po.files import TMP, atomic_folder
 from online_po.ledger import Ledger
 from online_po.plan import resolve_model
+from online_po.sections import ModelConfig
 
 
 def export(run_dir: Path, out: Path, round_: int | None = None, merge: bool = False) -> Path:
-    """Writes the policy of a round (default: the last committed one) to `out`; returns it.
+    """Writes the policy of a round (default: the last committed one) to `out`; returns it as an absolute path.
 
-    Full weights are copied as they are; a LoRA adapter is copied as an adapter, or with `merge` added to
-    the starting model's weights. Raises ConfigError for a round or folder that cannot be used and
-    LedgerError for weights that are gone or damaged.
+    Full weights are copied as they are; a LoRA adapter is copied as an adapter that names the starting model as
+    model.path does, or with `merge` added to the starting model's weights. Raises ConfigError for a round
+    or folder that cannot be used and LedgerError for weights that are gone or damaged.
     """
     ledger = Ledger.open(run_dir)
     last = ledger.last_committed()
@@ -26,24 +28,36 @@ def export(run_dir: Path, out: Path, round_: int | None = None, merge: bool = Fa
         round_ = last
     if not 1 <= round_ <= last:
         raise ConfigError(f"--round is {round_}; run {str(run_dir)!r} has trained rounds 1 to {last}")
-    for folder in (out, out.with_name(out.name + TMP)):
-        if folder.exists():
-            raise ConfigError(f"OUT is {str(out)!r}, but {str(folder)!r} exists already; give a new folder")
+    written, out = out, out.resolve()
+    # The root of the file system has no name; it exists, so it is refused before one is asked of it.
+    taken = out if out.exists() else out.with_name(out.name + TMP)
+    if taken.exists():
+        raise ConfigError(f"OUT is {str(written)!r}, but {str(taken)!r} exists already; give a new folder")
     policy = ledger.policy(round_, Path())
     if merge and not policy.is_adapter:
         raise ConfigError("--merge is for LoRA runs; this run trained all weights, export it without --merge")
     with atomic_folder(out) as folder:
         if not merge:
             shutil.copytree(policy.path, folder, dirs_exist_ok=True)
+            if policy.is_adapter:
+                _name_start(folder / "adapter_config.json", ledger.config().model)
         else:
             _merge(resolve_model(ledger.config()), policy.path, folder)
     return out
+
+
+def _name_start(path: Path, model: ModelConfig) -> None:
+    """An adapter of a run names the local folder its start was loaded from; elsewhere only what the user wrote
+    is of use."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings |= {"base_model_name_or_path": model.path, "revision": model.revision}
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _merge(start: Path, adapter: Path, folder: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(start, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(start, dtype="auto", trust_remote_code=False)
     PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(start).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(start, trust_remote_code=False).save_pretrained(folder)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from online_po.config import Config
 from online_po.errors import ConfigError, first_line
+from online_po.memory import memory
+from online_po.model_config import own_code, read_model_config
 from online_po.prompts import PromptSet, load_prompts
 
 GIB = 1024**3
@@ -32,7 +32,7 @@ class ModelShape:
     parameters: int
     """Number of weights, tied ones once."""
     kv_bytes_per_token: int
-    """KV cache of one token over all layers, at 4 bytes a value."""
+    """KV cache of one token over all layers, in the engine's type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,7 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
         )
     _require_kv_cache(config, shape)
     need = estimate(config, shape)
+    _require_memory(config, need)
     return Plan(
         config=config,
         model_path=model_path,
@@ -102,7 +103,7 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
         heldout=heldout,
         shape=shape,
         figures=_figures(config, shape, need, train, heldout),
-        warnings=_warnings(config, need),
+        warnings=[*_resource_warnings(config, need), *_setting_warnings(config, need)],
     )
 
 
@@ -136,25 +137,19 @@ def load_tokenizer(config: Config, model_path: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model_path)
+        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"model.path is {config.model.path!r}, but its tokenizer does not load: {first_line(error)}"
+            own_code(config.model.path, error)
+            or f"model.path is {config.model.path!r}, but its tokenizer does not load: {first_line(error)}"
         ) from error
 
 
 def read_shape(config: Config, model_path: Path) -> ModelShape:
     """Context, size and KV cache of a model, from its files. Raises ConfigError."""
     from safetensors import SafetensorError
-    from transformers import AutoConfig
 
-    try:
-        text_config = AutoConfig.from_pretrained(model_path).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"model.path is {config.model.path!r}, but its config.json is not one transformers knows: "
-            f"{first_line(error)}"
-        ) from error
+    text_config = read_model_config(model_path, config.model.path).get_text_config()
     weights = sorted(model_path.glob("*.safetensors"))
     if not weights:
         raise ConfigError(
@@ -173,7 +168,7 @@ def read_shape(config: Config, model_path: Path) -> ModelShape:
     return ModelShape(
         context=int(getattr(text_config, "max_position_embeddings", 0) or 1 << 30),
         parameters=parameters,
-        kv_bytes_per_token=2 * text_config.num_hidden_layers * heads * head_dim * 4,
+        kv_bytes_per_token=2 * text_config.num_hidden_layers * heads * head_dim * BYTES[engine_dtype(config)],
     )
 
 
@@ -209,6 +204,33 @@ def on_cpu(config: Config) -> bool:
     return config.ray.address is None and shutil.which("nvidia-smi") is None
 
 
+def engine_dtype(config: Config) -> str:
+    """`generator.dtype`, with what `auto` means here."""
+    if config.generator.dtype != "auto":
+        return config.generator.dtype
+    return "float32" if on_cpu(config) else "bfloat16"
+
+
+def _require_memory(config: Config, need: Estimate) -> None:
+    """Raises ConfigError where a CPU could not even hold one engine, or one learner rank, with nothing beside it."""
+    total = memory().total
+    if not on_cpu(config):
+        return
+    if need.generator > total:
+        cache = f"generator.cpu_kv_cache_gib (now {config.generator.cpu_kv_cache_gib:g}), "
+        raise ConfigError(
+            f"generator: one engine takes about {need.generator / GIB:.1f} GiB, but this machine has "
+            f"{total / GIB:.1f} GiB in all; lower {cache if config.generator.engine == 'vllm' else ''}"
+            f"the bytes of generator.dtype (now {engine_dtype(config)}) or the size of model.path's model"
+        )
+    if need.learner > total:
+        remedy = "" if config.learner.lora is not None else "set learner.lora, or "
+        raise ConfigError(
+            f"learner: one rank takes about {need.learner / GIB:.1f} GiB, but this machine has {total / GIB:.1f} GiB "
+            f"in all; {remedy}give a smaller model as model.path"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """Bytes that a run needs, roughly, and what it would do; for people."""
@@ -240,13 +262,10 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
     kept = min((config.run.keep_checkpoints or loop.rounds) + 1, loop.rounds)
     # Text, token ids and float32 logps, compressed: about 10 bytes a token.
     data = loop.rounds * loop.prompts_per_round * n * generator.max_tokens * 10
-    dtype = generator.dtype
-    if dtype == "auto":
-        dtype = "float32" if on_cpu(config) else "bfloat16"
-    cache = generator.cpu_kv_cache_gib * GIB if on_cpu(config) else 0
+    cache = generator.cpu_kv_cache_gib * GIB if on_cpu(config) and generator.engine == "vllm" else 0
     return Estimate(
         learner=copies * weights / learner.ranks,
-        generator=shape.parameters * BYTES[dtype] / generator.tensor_parallel + cache,
+        generator=shape.parameters * BYTES[engine_dtype(config)] / generator.tensor_parallel + cache,
         disk=kept * saved + data,
         pairs=pairs,
         steps=math.ceil(pairs / learner.global_batch_size) * learner.epochs,
@@ -260,9 +279,10 @@ def _figures(
     responses = loop.prompts_per_round * n
     held = f"{len(heldout):,} held out" if heldout is not None else "none held out"
     epochs = loop.rounds * loop.prompts_per_round / len(train)
-    cache = (
-        " with its KV cache" if on_cpu(config) else ", and the KV cache that generator.gpu_memory_utilization leaves"
-    )
+    cache = ", and its KV cache"
+    if config.generator.engine == "vllm":
+        left = ", and the KV cache that generator.gpu_memory_utilization leaves"
+        cache = " with its KV cache" if on_cpu(config) else left
     return {
         "model": f"{shape.parameters / 1e6:,.1f} M weights, context of {shape.context:,} tokens",
         "prompts": f"{len(train):,} to train on, {held}; {train.token_counts.mean():,.0f} tokens on average",
@@ -286,7 +306,8 @@ def _left_out(label: str, prompts: PromptSet) -> dict[str, str]:
     return {label: f"{prompts.counts['loaded']:,} loaded, not used: {text}"}
 
 
-def _warnings(config: Config, need: Estimate) -> list[str]:
+def _resource_warnings(config: Config, need: Estimate) -> list[str]:
+    """Disk or memory that others use now."""
     found = []
     folder = next(parent for parent in config.run_dir.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
@@ -295,11 +316,36 @@ def _warnings(config: Config, need: Estimate) -> list[str]:
             f"run.dir: {free / GIB:.1f} GiB free, up to {need.disk / GIB:.1f} GiB needed; free some, lower "
             "run.keep_checkpoints or choose another run.dir"
         )
-    memory = need.learner * config.learner.ranks + need.generator * config.generator.replicas
-    available = psutil.virtual_memory().available
-    if on_cpu(config) and memory > available:
+    wanted = need.learner * config.learner.ranks + need.generator * config.generator.replicas
+    available = memory().available
+    if on_cpu(config) and wanted > available:
         found.append(
-            f"memory: {available / GIB:.1f} GiB available, about {memory / GIB:.1f} GiB needed; lower "
+            f"memory: {available / GIB:.1f} GiB available, about {wanted / GIB:.1f} GiB needed; lower "
             "generator.cpu_kv_cache_gib or generator.replicas, or set learner.lora"
         )
+    return found
+
+
+def _setting_warnings(config: Config, need: Estimate) -> list[str]:
+    """Settings that are allowed, but do not do what they say."""
+    found = []
+    loop, generator, batch = config.loop, config.generator, config.learner.global_batch_size
+    if batch > need.pairs:
+        found.append(
+            f"learner.global_batch_size is {batch}, but a round gives {need.pairs} pairs at most, so no batch is ever "
+            "full; lower it, or raise loop.prompts_per_round"
+        )
+    chunks = math.ceil(loop.prompts_per_round / generator.chunk_prompts)
+    if chunks < generator.replicas:
+        found.append(
+            f"generator.replicas is {generator.replicas}, but loop.prompts_per_round = {loop.prompts_per_round} makes "
+            f"{chunks} chunks of generator.chunk_prompts = {generator.chunk_prompts}, so "
+            f"{generator.replicas - chunks} stay idle; lower generator.chunk_prompts or generator.replicas"
+        )
+    # Of a cluster elsewhere it is not known which one has no effect.
+    inert = "gpu_memory_utilization" if on_cpu(config) else "cpu_kv_cache_gib"
+    value, default = getattr(generator, inert), type(generator).model_fields[inert].default
+    if config.ray.address is None and value != default:
+        machine = "no GPU" if on_cpu(config) else "GPUs"
+        found.append(f"generator.{inert} is {value:g}, which has no effect on this machine: it has {machine}")
     return found

@@ -88,7 +88,7 @@ def open_dataset(config: PromptsConfig) -> Source:
         ) from error
     require_column(label, column=config.column, columns=loaded.column_names)
     batches = loaded.with_format("arrow").iter(batch_size=_BATCH_ROWS)
-    return Source(label=label, total=len(loaded), rows=_number(batches))
+    return Source(label=label, total=len(loaded), rows=_number(batches, label))
 
 
 def require_column(where: str, column: str, columns: Iterable[str]) -> None:
@@ -159,7 +159,8 @@ def _open_parquet(file: Path, label: str, column: str) -> Source:
 
     parquet = pq.ParquetFile(file)
     require_column(label, column, parquet.schema_arrow.names)
-    return Source(label=label, total=parquet.metadata.num_rows, rows=_number(parquet.iter_batches(_BATCH_ROWS)))
+    rows = _number(parquet.iter_batches(_BATCH_ROWS), label)
+    return Source(label=label, total=parquet.metadata.num_rows, rows=rows)
 
 
 def _open_csv(file: Path, label: str, column: str) -> Source:
@@ -174,10 +175,19 @@ def _open_csv(file: Path, label: str, column: str) -> Source:
         convert_options=csv.ConvertOptions(column_types={column: pa.string()}),
     )
     require_column(label, column, table.column_names)
-    return Source(label=label, total=table.num_rows, rows=_number(table.to_batches(_BATCH_ROWS)))
+    return Source(label=label, total=table.num_rows, rows=_number(table.to_batches(_BATCH_ROWS), label))
 
 
-def _number(batches: Iterable[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = (row for batch in batches for row in batch.to_pylist())
-    for number, row in enumerate(rows, 1):
-        yield f"row {number}", row
+def _number(batches: Iterable[Any], label: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    before = 0
+    for batch in batches:
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError as error:  # readers take a column's word for being UTF-8
+            raise ConfigError(
+                f"{label}: one of rows {before + 1} to {before + batch.num_rows} holds bytes that are not UTF-8 "
+                f"({error.reason}); mend the file"
+            ) from error
+        for number, row in enumerate(rows, before + 1):
+            yield f"row {number}", row
+        before += batch.num_rows

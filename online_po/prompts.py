@@ -148,6 +148,7 @@ def _read(
                 counts["empty"] += 1
                 continue
             metadata = {name: plain(value, f"{where}: column {name!r}") for name, value in row.items()}
+            _require_text([messages, metadata], where)
             prompt_id = stable_id([messages, metadata])
             if prompt_id in seen:
                 counts["duplicates"] += 1
@@ -163,6 +164,18 @@ def _read(
     if not sum(table.num_rows for table in tables):
         raise ConfigError(_nothing_left(source.label, counts, config))
     return pa.concat_tables(tables).combine_chunks(), counts
+
+
+def _require_text(value: Any, where: str) -> None:
+    """Raises ConfigError for half a surrogate pair, which JSON can escape but no file, tokenizer or judge can take."""
+    try:
+        _dump(value).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise ConfigError(
+            f"{where} holds {half}, one half of a surrogate pair without the other, which is no text; mend or remove "
+            "the row"
+        ) from error
 
 
 def _to_messages(value: Any, config: PromptsConfig, where: str) -> list[Message]:

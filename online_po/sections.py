@@ -159,8 +159,8 @@ class GeneratorConfig(SamplingConfig):
     sync_tolerance: float | None = Field(
         None,
         gt=0,
-        description="Largest difference in nats between a generator's and the learner's log-probability of a probe "
-        "token. null: 1e-3 where engine and learner compute in float32, else 0.25.",
+        description="Largest mean difference in nats between a generator's and the learner's log-probabilities of the "
+        "probe tokens. null: 1e-3 where engine and learner compute in float32, else 0.15.",
     )
 
 
@@ -270,7 +270,7 @@ class LearnerConfig(Section):
     )
     epochs: int = Field(1, ge=1, description="Passes over a round's pairs.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, slower.")
-    param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type weights are kept and saved in.")
+    param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type weights are kept and saved in; bfloat16 needs learner.lora.")
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type of the matrix work; losses and logps are float32 always."
     )
@@ -326,3 +326,20 @@ class RayConfig(Section):
     )
     judge_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for one judge process.")
     startup_timeout_s: float = Field(600.0, gt=0, description="Seconds to wait for actors to be ready.")
+
+    @model_validator(mode="after")
+    def _check(self) -> RayConfig:
+        if self.address is not None and self.address.startswith("ray://"):
+            raise ValueError(
+                f"ray.address is {self.address!r}: a Ray client cannot stream what actors yield; give the head node's "
+                "own address (host:6379), or start the run on a node of the cluster with ray.address: auto"
+            )
+        if self.learner_gpus is not None and self.learner_gpus > 1:
+            raise ValueError(
+                f"ray.learner_gpus is {self.learner_gpus:g}, but a learner rank uses one GPU; use more learner.ranks"
+            )
+        for name, unit in (("generator_gpus", "GPUs"), ("judge_cpus", "CPUs")):
+            amount = getattr(self, name)
+            if amount is not None and amount > 1 and amount != int(amount):
+                raise ValueError(f"ray.{name} is {amount:g}; above 1, Ray gives only whole {unit}: use a whole number")
+        return self

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from online_po.config import Config
+from online_po.config import Config, _load_yaml
 from online_po.errors import ConfigError
+from online_po.ledger import Ledger
+from online_po.types import Probe
 
 BASE = {
     "run": {"name": "x"},
@@ -55,12 +57,42 @@ def write(tmp_path: Path, data: object = BASE) -> Path:
         ("run.name.x=1", "run.* name is a value|override 'run.name.x=1': name is a value"),
         ("generator.tensor_parallel=2 generator.engine=transformers", "needs generator.engine: vllm"),
         ("run.keep_checkpoints=1 loop.max_staleness=1", "run.keep_checkpoints is 1"),
+        (
+            "learner.param_dtype=bfloat16 learner.compute_dtype=bfloat16",
+            "learner.param_dtype is bfloat16, .*float32 with learner.compute_dtype: bfloat16, or learner.lora",
+        ),
+        ("model.attention=flash_attention_2", "flash_attention_2, which cannot .* learner.compute_dtype: float32"),
+        ("ray.address=ray://head:10001", r"ray.address is 'ray://head:10001': .*host:6379.*address: auto"),
+        ("ray.learner_gpus=2", "ray.learner_gpus is 2, but a learner rank uses one GPU"),
+        ("ray.generator_gpus=1.5", "ray.generator_gpus is 1.5; above 1, .* use a whole number"),
+        ("ray.judge_cpus=2.5", "ray.judge_cpus is 2.5; above 1, .* use a whole number"),
+        (
+            "generator.tensor_parallel=2 ray.generator_gpus=1",
+            "ray.generator_gpus is 1, but generator.tensor_parallel is 2",
+        ),
+        ("learner.ranks=2 ray.learner_gpus=0.5", "ray.learner_gpus is 0.5, but learner.ranks is 2"),
+        ("learner.ranks=2 ray.generator_gpus=0.5", "ray.generator_gpus is 0.5, but learner.ranks is 2"),
     ],
 )
 def test_bad_values_are_refused_by_name(tmp_path, override, message):
     overrides = override.split(" ") if "[" not in override else [override]
     with pytest.raises(ConfigError, match=message):
         Config.from_yaml(write(tmp_path), overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["learner.param_dtype=bfloat16", "learner.compute_dtype=bfloat16", "learner.lora.rank=8"],
+        ["model.attention=flash_attention_2", "learner.compute_dtype=bfloat16"],
+        ["ray.address=head:6379", "ray.judge_cpus=2", "ray.generator_gpus=0.5", "ray.learner_gpus=0.5"],
+        ["generator.tensor_parallel=2", "ray.generator_gpus=2", "learner.ranks=2", "ray.learner_gpus=1"],
+        ["learner.ranks=2", "ray.learner_gpus=1", "ray.generator_gpus=0.5"],
+        ["learner.ranks=2", "ray.learner_gpus=0", "ray.generator_gpus=0"],
+    ],
+)
+def test_what_lies_beside_a_refusal_passes(tmp_path, overrides):
+    Config.from_yaml(write(tmp_path), overrides)
 
 
 def test_every_fault_is_told_at_once(tmp_path):
@@ -90,6 +122,36 @@ def test_file_faults(tmp_path):
         Config.from_yaml(bad)
 
 
+def test_a_key_twice_is_refused(tmp_path):
+    path, text = tmp_path / "c.yaml", yaml.safe_dump(BASE)
+    lines = text.count("\n")
+    path.write_text(text + "learner:\n  epochs: 2\nlearner:\n  ranks: 1\n")
+    with pytest.raises(ConfigError, match=rf"c.yaml', line {lines + 3}: the key 'learner' .* line {lines + 1};"):
+        Config.from_yaml(path)
+    path.write_text(text + "learner:\n  epochs: 2\n  ranks: 1\n  'epochs': 3\n")
+    with pytest.raises(ConfigError, match=rf"c.yaml', line {lines + 4}: the key 'epochs' .* line {lines + 2};"):
+        Config.from_yaml(path)
+    with pytest.raises(ConfigError, match="override .*: the value, line 1: the key 'rank'"):
+        Config.from_yaml(write(tmp_path), ["learner.lora={rank: 3, rank: 4}"])
+
+
+def test_anchors_and_merge_keys_go_on_working(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        yaml.safe_dump({key: BASE[key] for key in ("model", "prompts")})
+        + "run: &a {name: x, seed: 1}\n"
+        + "generator: &b {temperature: 0.5, top_p: 0.9}\n"
+        + "learner:\n  lora: &c {rank: 4, alpha: 8}\n"
+        + "eval:\n  temperature: 0.2\n"
+    )
+    assert Config.from_yaml(path).run.seed == 1
+    # Merged over and over: a mapping that was merged into is merged from.
+    text = "a: &a {x: 1, y: 1}\nb: &b {<<: *a, y: 2}\nc: {<<: *b, x: 3}\nd: {<<: *b}\ne: {<<: *a, <<: *b}\nf: *b\n"
+    found = _load_yaml(text, "text")
+    assert found["b"] == {"x": 1, "y": 2} and found["c"] == {"x": 3, "y": 2} and found["d"] == found["f"] == found["b"]
+    assert found == yaml.safe_load(text)
+
+
 def test_yaml_round_trip(tmp_path):
     config = Config.from_yaml(write(tmp_path), ["learner.lora.rank=8", "generator.stop=[x]"])
     path = tmp_path / "again.yaml"
@@ -108,6 +170,36 @@ def test_eval_sampling_follows_the_generator_but_for_temperature(tmp_path):
     config = Config.from_yaml(write(tmp_path), ["generator.top_p=0.9", "eval.temperature=0.2"])
     assert config.eval_sampling.top_p == 0.9 and config.eval_sampling.temperature == 0.2
     assert Config.from_yaml(write(tmp_path)).eval_sampling.temperature == 1.0
+
+
+def test_where_content_lies_is_no_part_of_the_identity(tmp_path):
+    here = Config.from_yaml(write(tmp_path), ["prompts.heldout_path=h.jsonl", "prompts.heldout_size=0"])
+    moved = ["model.path=/else/m", "prompts.path=/else/p.parquet", "prompts.heldout_path=/else/h.csv"]
+    there = Config.from_yaml(write(tmp_path), [*moved, "prompts.heldout_size=0"])
+    hub = Config.from_yaml(
+        write(tmp_path),
+        ["model.path=a/b", "model.revision=main", "prompts.path=null", "prompts.dataset=c/d", "prompts.split=x"],
+    )
+    assert here.identity() == there.identity()
+    assert hub.identity()["model"] == here.identity()["model"]
+    other = Config.from_yaml(write(tmp_path), ["prompts.column=question"])
+    assert other.identity() != Config.from_yaml(write(tmp_path)).identity()
+
+
+def test_a_moved_run_goes_on_and_other_content_is_refused(tmp_path):
+    data = copy.deepcopy(BASE) | {"run": {"name": "x", "dir": str(tmp_path)}}
+    config = Config.parse(data)
+    info = {"model": {"weights": {"model.safetensors": 8}}, "prompt_hashes": {"train": "a", "heldout": "b"}}
+    ledger = Ledger(config.run_dir)
+    ledger.begin(config, info)
+    ledger.commit(0, is_adapter=False, reference_round=0, probe=Probe(token_ids=(1, 2), token_logps=(-1.0,)))
+    moved = Config.parse(data | {"model": {"path": "/else/m"}, "prompts": {"path": "/else/p", "heldout_size": 4}})
+    ledger.begin(moved, info)
+    assert ledger.config().model.path == "/else/m"
+    with pytest.raises(ConfigError, match="the starting model changed"):
+        ledger.begin(moved, info | {"model": {"weights": {"model.safetensors": 9}}})
+    with pytest.raises(ConfigError, match="the prompts changed"):
+        ledger.begin(moved, info | {"prompt_hashes": {"train": "a", "heldout": "c"}})
 
 
 def test_importing_the_package_and_its_config_loads_nothing_heavy():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -66,6 +67,27 @@ def test_an_adapter_is_copied_or_merged(tmp_path, tiny_model):
     merged = logits(AutoModelForCausalLM.from_pretrained(export(ledger.root, tmp_path / "merged", merge=True)))
     assert (adapted - before).abs().max() > 0.01
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_exported_adapter_names_what_the_user_wrote(tmp_path, tiny_model):
+    ledger = make_run(tmp_path / "runs", tiny_model, is_adapter=True)
+    written = {"path": "organisation/name", "revision": "v2"}
+    config = make_config(tmp_path / "runs", model=written)
+    (ledger.root / "config.yaml").write_text(config.to_yaml())
+    inside = (ledger.round_dir(1) / "policy" / "adapter_config.json").read_text()
+    assert json.loads(inside)["base_model_name_or_path"] == str(tiny_model)
+    exported = json.loads((export(ledger.root, tmp_path / "out") / "adapter_config.json").read_text())
+    assert exported == json.loads(inside) | {"base_model_name_or_path": "organisation/name", "revision": "v2"}
+    assert (ledger.round_dir(1) / "policy" / "adapter_config.json").read_text() == inside
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_folder_without_a_name_is_refused_as_any_other(tmp_path, tiny_model, monkeypatch, out):
+    ledger = make_run(tmp_path / "runs", tiny_model, is_adapter=False)
+    monkeypatch.chdir(tmp_path / "runs")
+    with pytest.raises(ConfigError, match=rf"OUT is '{out}', but '/.*' exists already; give a new folder"):
+        export(ledger.root, Path(out))
+    assert export(ledger.root, Path("new")) == tmp_path / "runs" / "new"
 
 
 def test_what_cannot_be_exported(tmp_path, tiny_model):

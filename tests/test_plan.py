@@ -11,9 +11,16 @@ import pytest
 
 from online_po.config import Config
 from online_po.errors import ConfigError
-from online_po.plan import estimate, make_plan, read_shape
+from online_po.memory import Memory
+from online_po.plan import GIB, estimate, make_plan, read_shape
 
 PROMPTS = [{"prompt": f"question {i}", "constraints": [{"type": "lowercase"}]} for i in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """Plans of a machine without GPUs, whatever these tests run on."""
+    monkeypatch.setattr("online_po.plan.on_cpu", lambda config: config.ray.address is None)
 
 
 def parse(tmp_path, model, prompts=PROMPTS, **overrides) -> Config:
@@ -25,6 +32,7 @@ def parse(tmp_path, model, prompts=PROMPTS, **overrides) -> Config:
         "prompts": {"path": str(path), "heldout_size": 4, "max_tokens": 96},
         "loop": {"prompts_per_round": 8},
         "generator": {"max_tokens": 16, "cpu_kv_cache_gib": 0.1},
+        "learner": {"global_batch_size": 8},
     }
     for key, value in overrides.items():
         section, _, name = key.partition("__")
@@ -59,6 +67,57 @@ def test_lora_needs_less_and_more_ranks_share(tmp_path, tiny_model):
     every = estimate(parse(tmp_path, tiny_model, pairs__strategy="all"), shape)
     assert (full.pairs, every.pairs) == (8, 48)
     assert estimate(parse(tmp_path, tiny_model, pairs__strategy="all", pairs__max_per_prompt=2), shape).pairs == 16
+
+
+def test_the_kv_cache_is_counted_in_the_engine_s_type(tmp_path, tiny_model):
+    # 2 layers x (K and V) x 1 head of 32 x 4 bytes = 512 bytes a token, 112 tokens: 56 KiB, or half of it.
+    fits_half = 40 * 2**10 / GIB
+    assert read_shape(parse(tmp_path, tiny_model), tiny_model).kv_bytes_per_token == 512
+    with pytest.raises(ConfigError, match="one sequence of 112 tokens"):
+        make_plan(parse(tmp_path, tiny_model, generator__cpu_kv_cache_gib=fits_half))
+    make_plan(parse(tmp_path, tiny_model, generator__cpu_kv_cache_gib=fits_half, generator__dtype="bfloat16"))
+
+
+def pretend_memory(monkeypatch, total, available):
+    monkeypatch.setattr("online_po.plan.memory", lambda: Memory(total=total, available=available))
+
+
+def test_too_little_memory_is_an_error_and_memory_in_use_a_warning(tmp_path, tiny_model, monkeypatch):
+    config = parse(tmp_path, tiny_model)
+    need = estimate(config, read_shape(config, tiny_model))
+    enough = int(need.learner + need.generator) + 1
+    pretend_memory(monkeypatch, enough, enough)
+    assert not make_plan(config).warnings
+    pretend_memory(monkeypatch, enough, enough - 2)
+    assert [w.split(":")[0] for w in make_plan(config).warnings] == ["memory"]
+    pretend_memory(monkeypatch, int(need.generator) - 1, enough)
+    with pytest.raises(ConfigError, match=r"generator: one engine takes about .* lower generator.cpu_kv_cache_gib"):
+        make_plan(config)
+    engine = parse(tmp_path, tiny_model, generator={"max_tokens": 16, "engine": "transformers"})
+    pretend_memory(monkeypatch, int(need.learner) - 1, enough)
+    with pytest.raises(ConfigError, match=r"learner: one rank takes about .* set learner.lora, or"):
+        make_plan(engine)
+    monkeypatch.setattr("online_po.plan.on_cpu", lambda config: False)
+    assert not make_plan(engine).warnings
+
+
+def test_settings_without_effect_are_told(tmp_path, tiny_model, monkeypatch):
+    def warnings(**overrides):
+        return make_plan(parse(tmp_path, tiny_model, **overrides)).warnings
+
+    assert warnings() == []
+    (found,) = warnings(learner__global_batch_size=9)
+    assert found.startswith("learner.global_batch_size is 9, but a round gives 8 pairs at most")
+    assert warnings(learner__global_batch_size=9, pairs__strategy="all") == []
+    (found,) = warnings(generator__replicas=3, generator__chunk_prompts=4)
+    assert found.startswith("generator.replicas is 3,") and "2 chunks" in found and "1 stay idle" in found
+    assert warnings(generator__replicas=2, generator__chunk_prompts=7) == []
+    (found,) = warnings(generator__gpu_memory_utilization=0.5)
+    assert "generator.gpu_memory_utilization is 0.5, which has no effect on this machine: it has no GPU" in found
+    monkeypatch.setattr("online_po.plan.on_cpu", lambda config: False)
+    (found,) = warnings(generator__gpu_memory_utilization=0.5)
+    assert "generator.cpu_kv_cache_gib is 0.1, which has no effect on this machine: it has GPUs" in found
+    assert warnings(ray__address="head:6379") == []
 
 
 @pytest.mark.parametrize(
@@ -115,6 +174,39 @@ def test_models_that_cannot_be_used(tmp_path, tiny_model):
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(ConfigError, match=r"damaged or cut: model.safetensors"):
         make_plan(parse(tmp_path, cut))
+
+
+def test_a_model_that_is_no_causal_language_model(tmp_path, tiny_model):
+    from make_tiny_model import make_tiny_model
+
+    reward = make_tiny_model(tmp_path / "reward", kind="reward")
+    with pytest.raises(ConfigError, match=r"model.path is '.*/reward', a LlamaForSequenceClassification: not a causal"):
+        make_plan(parse(tmp_path, reward))
+    settings = json.loads((tiny_model / "config.json").read_text())
+    seq2seq = tmp_path / "seq2seq"
+    shutil.copytree(tiny_model, seq2seq)
+    settings |= {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+    (seq2seq / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="a T5ForConditionalGeneration: not a causal"):
+        make_plan(parse(tmp_path, seq2seq))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Lm"}}),
+        ("tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}),
+    ],
+)
+def test_code_of_a_model_is_refused_and_never_asked_about(tmp_path, tiny_model, monkeypatch, file, change):
+    own = tmp_path / "own"
+    shutil.copytree(tiny_model, own)
+    (own / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    (own / file).write_text(json.dumps(json.loads((own / file).read_text()) | change))
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    with pytest.raises(ConfigError, match=r"model.path is '.*/own', which needs its own code to load"):
+        make_plan(parse(tmp_path, own))
+    assert not (tmp_path / "executed").exists()
 
 
 def test_chat_prompts_need_a_chat_template(tmp_path):

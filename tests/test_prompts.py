@@ -275,6 +275,33 @@ def test_bad_files(tokenizer, tmp_path, name, content, message):
         load(tokenizer, str(tmp_path / name))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        r'{"prompt": "half \ud83d"}',
+        r'{"prompt": [{"role": "user", "content": "\ud83d"}]}',
+        r'{"prompt": "a", "level": "\uDE00 first"}',
+        r'{"prompt": "a", "more": {"x": ["\ud83d"]}}',
+        r'{"prompt": "a", "more": {"\ud83d": 1}}',
+    ],
+)
+def test_half_a_surrogate_pair(tokenizer, write, row):
+    whole = r'{"prompt": "whole \ud83d\ude00", "level": "\ud83d\ude00"}'
+    with pytest.raises(ConfigError, match=r"prompts\.path '.*', line 2 holds \\u(d83d|de00), one half of a surrogate"):
+        load(tokenizer, write([whole, row]))
+    assert load(tokenizer, write([whole]))[0][0].messages[0]["content"] == "whole 😀"
+
+
+def test_parquet_that_is_not_utf8(tokenizer, tmp_path):
+    _, offsets, data = pa.array(["good", "\u0939"]).buffers()
+    column = pa.Array.from_buffers(
+        pa.string(), 2, [None, offsets, pa.py_buffer(data.to_pybytes()[:4] + b"\xed\xa0\xbd")]
+    )
+    pq.write_table(pa.table({"prompt": column}), tmp_path / "p.parquet")
+    with pytest.raises(ConfigError, match=r"prompts\.path '.*': one of rows 1 to 2 holds bytes that are not UTF-8"):
+        load(tokenizer, str(tmp_path / "p.parquet"))
+
+
 def test_folder_as_path(tokenizer, tmp_path):
     with pytest.raises(ConfigError, match=r"is a folder; .*prompts\.dataset"):
         load(tokenizer, str(tmp_path))
