@@ -270,7 +270,9 @@ class LearnerConfig(Section):
     )
     epochs: int = Field(1, ge=1, description="Passes over a round's pairs.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, slower.")
-    param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type weights are kept and saved in; bfloat16 needs learner.lora.")
+    param_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Type weights are kept and saved in; bfloat16 needs learner.lora."
+    )
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type of the matrix work; losses and logps are float32 always."
     )
@@ -310,7 +312,7 @@ class RayConfig(Section):
     """The cluster. Not part of a run's identity: a run may continue elsewhere."""
 
     address: str | None = Field(
-        None, description="Address of a running cluster, or `auto`. null: a private one on this machine."
+        None, description="Address of a running cluster (host:6379), or `auto`. null: a private one on this machine."
     )
     learner_gpus: float | None = Field(
         None,
