@@ -9,6 +9,7 @@ from typing import Protocol
 
 from online_po.config import Config
 from online_po.errors import ConfigError
+from online_po.model_config import read_model_config
 from online_po.sections import SamplingConfig
 from online_po.types import Group, Policy, Request
 
@@ -84,12 +85,8 @@ def make_engine(config: Config) -> Engine:
 
 
 def _max_model_len(config: Config) -> int:
-    from transformers import AutoConfig
-
     if config.generator.max_model_len is not None:
         return config.generator.max_model_len
     wanted = config.prompts.max_tokens + config.generator.max_tokens
-    settings = AutoConfig.from_pretrained(
-        config.model.path, revision=config.model.revision, trust_remote_code=False
-    ).get_text_config()
+    settings = read_model_config(config.model.path, config.model.path, config.model.revision).get_text_config()
     return min(wanted, getattr(settings, "max_position_embeddings", wanted))

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from online_po import policy_model
+from online_po.model_config import load_tokenizer
 from online_po.sections import GeneratorConfig, ModelConfig, SamplingConfig
 from online_po.types import FinishReason, Group, Policy, Request, Response
 
@@ -46,9 +47,7 @@ class TransformersEngine:
             self.dtype = "bfloat16" if self._device.type == "cuda" else "float32"
         self._path = model.path
         self._model: Any = self._read(model.path)
-        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=False
-        )
+        self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(model.path, model.path, model.revision)
         self._eos_ids = _eos_ids(self._model.generation_config.eos_token_id, self._tokenizer.eos_token_id)
         self.version = 0
 

@@ -23,13 +23,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from online_po import policy_model
 from online_po.batching import MicroBatch, PairTokens, collate, epoch_order, global_batches, rank_plans
 from online_po.errors import ConfigError, OnlinePOError
 from online_po.logps import LogpModel, require_known_head
 from online_po.losses import LossInputs, pair_losses
+from online_po.model_config import load_tokenizer
 from online_po.optimizer import build_optimizer, clip_gradients, optimizer_tensors, read_optimizer, write_optimizer
 from online_po.schedule import learning_rate, run_progress
 from online_po.sections import LearnerConfig, LossConfig, ModelConfig
@@ -88,12 +89,7 @@ class TorchLearner:
         self.version: int | None = 0
         """The policy version whose weights are held; None between an optimizer step and the next save."""
         if self.rank == 0:
-            try:
-                self.tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"model.path is {model.path!r}, which has no tokenizer that loads: {error}"
-                ) from error
+            self.tokenizer = load_tokenizer(model.path, model.path, model.revision)
 
     # -- construction ------------------------------------------------------------------------------
 
@@ -103,6 +99,7 @@ class TorchLearner:
         causal_lm: PreTrainedModel
         if self.rank == 0:
             causal_lm = policy_model.load_causal_lm(config, self.param_dtype)
+            # Here on the CPU: no GPU need ever hold the whole model of several ranks.
             require_known_head(causal_lm, config.path)
         else:
             causal_lm = policy_model.empty_causal_lm(config, self.param_dtype)
@@ -111,6 +108,11 @@ class TorchLearner:
         if self.config.lora is not None:
             model = policy_model.add_adapters(causal_lm, self.config.lora, config.path, self.seed)
         if self.config.gradient_checkpointing:
+            if not layers:
+                raise ConfigError(
+                    f"learner.gradient_checkpointing is true, but {type(causal_lm).__name__} (model.path "
+                    f"{config.path!r}) has no list of layers to recompute one by one; set it to false"
+                )
             policy_model.checkpoint_activations(layers)
         scorer = LogpModel(causal_lm)
         if self.ranks == 1:
@@ -193,10 +195,13 @@ class TorchLearner:
 
         loss; accuracy: share of pairs whose chosen response has the higher implicit reward; margin, chosen_reward,
         rejected_reward: implicit rewards beta * log(pi / reference); chosen_logps, rejected_logps: summed over
-        tokens; all means over pairs. kl_reference, kl_start: the k1 estimator, mean over both responses of every
-        pair of the summed log(pi / other) (an estimate of KL(pi, other) in nats a response as long as responses
-        come from a policy close to pi). entropy: mean over response tokens, nats. grad_norm: before clipping.
-        learning_rate. pairs, tokens: pairs and response tokens of the step. seconds.
+        tokens; all means over pairs. kl_reference, kl_start: mean over both responses of every pair of the summed
+        log(pi / other), nats a response. That is the k1 estimator of KL(pi, other) only where responses are samples
+        of pi itself. Logps here are at temperature 1, while responses are drawn at generator.temperature and
+        generator.top_p, from a policy that may be some steps old, and a pair keeps two of a group: where any of
+        these matters, the figure is biased as an estimate of KL and may be negative; read it as drift on the pairs.
+        entropy: mean over response tokens, nats. grad_norm: before clipping. learning_rate. pairs, tokens: pairs
+        and response tokens of the step. seconds.
 
         Raises OnlinePOError, with the step not applied, where loss or gradients are not finite.
         """
@@ -330,7 +335,10 @@ class TorchLearner:
             policy_model.spread(whole[name] if whole is not None else None, tensor)
 
     def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> None:
-        """See `online_po.protocols.Learner.save`. The trainer folder does not depend on the number of ranks."""
+        """See `online_po.protocols.Learner.save`. The trainer folder does not depend on the number of ranks.
+
+        trainer.json is written last, after everything else in either folder: where it is, all of them is.
+        """
         whole = {name: policy_model.gather(t) for name, t in policy_model.policy_tensors(self.model).items()}
         if self.rank == 0:
             policy_model.write_policy(policy_dir, self.model, whole)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -18,6 +22,10 @@ class LogpModel(nn.Module):
 
     The head runs in chunks of tokens and again in backward, so memory grows with the hidden size, not with
     the vocabulary. Backbone and head are called inside one forward: FSDP's root hooks see both.
+
+    The head computes in float32 whatever the backbone does: logits rounded to bfloat16 are off by up to a
+    hundredth of a nat and more. For that, a forward under bfloat16 weights holds a float32 copy of the head's
+    weights until its backward is over, in which the chunks' gradients add up.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -38,16 +46,19 @@ class LogpModel(nn.Module):
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
         hidden = hidden.flatten(0, 1).index_select(0, positions)  # (S, D)
         chunk = max(1, CHUNK_LOGITS[hidden.device.type] // self.model.config.get_text_config().vocab_size)
+        weights = float32_weights(self.model.get_output_embeddings())
         entropies: list[Tensor] = []
         logps = [
-            checkpoint(self._chunk_logps, h, t, entropies if with_entropy else None, use_reentrant=False)
+            checkpoint(self._chunk_logps, h, t, weights, entropies if with_entropy else None, use_reentrant=False)
             for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
         ]
         return torch.cat(logps), torch.cat(entropies) if with_entropy else targets.new_empty(0, dtype=torch.float32)
 
-    def _chunk_logps(self, hidden: Tensor, targets: Tensor, entropies: list[Tensor] | None) -> Tensor:
+    def _chunk_logps(
+        self, hidden: Tensor, targets: Tensor, weights: Mapping[str, Tensor], entropies: list[Tensor] | None
+    ) -> Tensor:
         """(C, D), (C,) -> (C,) logps; puts (C,) entropies into the list."""
-        logps = torch.log_softmax(logits_of(self.model, hidden), dim=-1)  # (C, V) float32
+        logps = torch.log_softmax(logits_of(self.model, hidden, weights), dim=-1)  # (C, V) float32
         chosen = logps.gather(1, targets[:, None]).squeeze(1)
         # Backward's recomputation stops at the last tensor it needs, which lies before this: entropies are
         # computed once.
@@ -57,9 +68,23 @@ class LogpModel(nn.Module):
         return chosen
 
 
-def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """(C, D) final hidden states -> (C, V) float32 logits, scaled and capped as the model's config says."""
-    logits = model.get_output_embeddings()(hidden).float()
+def float32_weights(head: nn.Module) -> dict[str, Tensor]:
+    """The head's parameters by name in float32: themselves where they are that, else copies autograd sees through."""
+    return {name: parameter.float() for name, parameter in head.named_parameters()}
+
+
+def float32_head(head: nn.Module, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """(C, D) -> (C, V) float32: the head called as a module (it may hold a bias, or LoRA) with `float32_weights`."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return functional_call(head, dict(weights), (hidden.float(),))
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """(C, D) final hidden states -> (C, V) float32 logits, scaled and capped as the model's config says.
+
+    `weights`: the head's `float32_weights`.
+    """
+    logits = float32_head(model.get_output_embeddings(), hidden, weights)
     config: PretrainedConfig = model.config.get_text_config()
     if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
         logits = logits / divisor
@@ -74,13 +99,16 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def require_known_head(model: PreTrainedModel, name: str) -> None:
     """Raises ConfigError unless `LogpModel` says what the model's own forward says, on a few tokens.
 
-    Heads differ between model families in ways no config tells; this finds out instead of trusting.
+    Heads differ between model families in ways no config tells; this finds out instead of trusting. It is meant for
+    a model that is still on the CPU, where it needs no GPU memory, and computes there whatever the attention.
     """
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.linspace(0, vocabulary - 1, 9, device=model.device).long()[None]  # (1, 9)
-    expected = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1].float(), dim=-1)
-    expected = expected.gather(1, ids[0, 1:, None]).squeeze(1)
-    found, _ = LogpModel(model)(ids, torch.arange(8, device=model.device), ids[0, 1:])
+    with _attention_of_any_device(model):
+        with _own_forward_in_float32(model):
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        found, _ = LogpModel(model)(ids, torch.arange(8, device=model.device), ids[0, 1:])
+    expected = torch.log_softmax(logits, dim=-1).gather(1, ids[0, 1:, None]).squeeze(1)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     error = (found - expected).abs().max().item()
     if not error <= tolerance:  # also where it is NaN
@@ -89,3 +117,34 @@ def require_known_head(model: PreTrainedModel, name: str) -> None:
             f"does not know (log-probabilities differ by {error:.3g}); use a model with a plain, scaled or "
             "soft-capped LM head"
         )
+
+
+@contextmanager
+def _attention_of_any_device(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block a model that would use flash attention, which only GPUs have, uses eager attention."""
+    wanted = model.config._attn_implementation
+    if "flash" not in wanted:
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(wanted)
+
+
+@contextmanager
+def _own_forward_in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the head gives float32 logits to the model's own forward too: in bfloat16 their rounding
+    would hide what differs, or pass for it."""
+
+    def unrounded(head: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor | None:
+        if logits.dtype == torch.float32:  # a float32 head, or the call below
+            return None
+        return float32_head(head, inputs[0], float32_weights(head))
+
+    handle = model.get_output_embeddings().register_forward_hook(unrounded)
+    try:
+        yield
+    finally:
+        handle.remove()

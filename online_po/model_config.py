@@ -1,6 +1,7 @@
-"""A model's config.json: read without running code from its folder, and held to be a causal language model's.
+"""A model's config.json and tokenizer: read without running code from its folder, and held to be a causal LM's.
 
-One place for the plan and the learner, so that what the one lets pass the other can use. Loads no weights.
+One place for the plan, the learner and the engine, so that what the one lets pass the others can use. Loads no
+weights.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ def read_model_config(folder: str | Path, written: str, revision: str | None = N
     try:
         settings = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        reason = "its config.json is not one transformers knows"
+        if not Path(folder).exists():
+            reason = "there is no such folder, and no such model at the hub (with HF_HUB_OFFLINE=1: in its cache)"
         raise ConfigError(
-            own_code(written, error)
-            or f"model.path is {written!r}, but its config.json is not one transformers knows: {first_line(error)}"
+            own_code(written, error) or f"model.path is {written!r}, but {reason}: {first_line(error)}"
         ) from error
     architecture = next(iter(settings.architectures or []), settings.model_type)
     other_head = any(part in architecture for part in ("Classification", "Reward"))
@@ -34,6 +37,19 @@ def read_model_config(folder: str | Path, written: str, revision: str | None = N
             "one"
         )
     return settings
+
+
+def load_tokenizer(folder: str | Path, written: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model folder or hub id. `written`: what the user wrote as model.path. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            own_code(written, error)
+            or f"model.path is {written!r}, but its tokenizer does not load: {first_line(error)}"
+        ) from error
 
 
 def own_code(written: str, error: BaseException) -> str | None:

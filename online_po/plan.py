@@ -16,7 +16,7 @@ from typing import Any
 from online_po.config import Config
 from online_po.errors import ConfigError, first_line
 from online_po.memory import memory
-from online_po.model_config import own_code, read_model_config
+from online_po.model_config import load_tokenizer, read_model_config
 from online_po.prompts import PromptSet, load_prompts
 
 GIB = 1024**3
@@ -63,7 +63,7 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
     check_engine(config)
     model_path = resolve_model(config)
     shape = read_shape(config, model_path)
-    tokenizer = load_tokenizer(config, model_path)
+    tokenizer = load_tokenizer(model_path, config.model.path)
     train, heldout = load_prompts(config.prompts, tokenizer, config.run.seed, on_progress)
     if config.judge.kind == "rules":
         from judges.rules import validate_constraints
@@ -129,19 +129,6 @@ def resolve_model(config: Config) -> Path:
         raise ConfigError(
             f"model.path is {config.model.path!r}: no such local folder, and the hub gave nothing "
             f"({type(error).__name__}: {first_line(error)}); check the name, the network and HF_HUB_OFFLINE"
-        ) from error
-
-
-def load_tokenizer(config: Config, model_path: Path) -> Any:
-    """The starting model's tokenizer. Raises ConfigError."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            own_code(config.model.path, error)
-            or f"model.path is {config.model.path!r}, but its tokenizer does not load: {first_line(error)}"
         ) from error
 
 

@@ -22,11 +22,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from online_po.errors import ConfigError
 from online_po.logps import LogpModel
+from online_po.model_config import own_code, read_model_config
 from online_po.sections import LoraConfig, ModelConfig
 from online_po.seeds import stable_seed
 
@@ -38,7 +42,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 def load_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder or hub id, on the CPU, dropout off. Raises ConfigError if there is none."""
-    settings = _load_config(config)
+    settings = read_model_config(config.path, config.path, config.revision)
     with _quiet(), _explained(config):
         model, info = AutoModelForCausalLM.from_pretrained(
             config.path,
@@ -47,6 +51,7 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             dtype=dtype,
             attn_implementation=config.attention,
             output_loading_info=True,
+            trust_remote_code=False,
         )
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
@@ -63,24 +68,14 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 def empty_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The same model with memory reserved but never touched, for ranks that are sent their shards."""
-    settings = _load_config(config)
+    settings = read_model_config(config.path, config.path, config.revision)
     with _explained(config), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=config.attention)
+        model = AutoModelForCausalLM.from_config(
+            settings, dtype=dtype, attn_implementation=config.attention, trust_remote_code=False
+        )
     model.to_empty(device="cpu")
     model.tie_weights()
     return model.eval()
-
-
-def _load_config(config: ModelConfig) -> PretrainedConfig:
-    with _explained(config):
-        settings = AutoConfig.from_pretrained(config.path, revision=config.revision)
-    architectures = settings.architectures or []
-    if any("Classification" in name or "Reward" in name for name in architectures):
-        raise ConfigError(
-            f"model.path is {config.path!r}, a {architectures[0]}: not a causal language model; give the folder or hub "
-            "id of one"
-        )
-    return settings
 
 
 @contextmanager
@@ -89,16 +84,15 @@ def _explained(config: ModelConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        if remedy := own_code(config.path, error):
+            raise ConfigError(remedy) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "attn" in reason or "attention" in reason.lower():
             raise ConfigError(
                 f"model.attention is {config.attention!r}, which {config.path!r} cannot use here: {reason}; use sdpa "
                 "or eager"
             ) from error
-        if isinstance(error, OSError) and not Path(config.path).exists():
-            remedy = "no such folder, and no such model at the hub (with HF_HUB_OFFLINE=1: in its cache)"
-        else:
-            remedy = "it must be a folder or hub id of a causal language model with config.json and weights"
+        remedy = "it must be a folder or hub id of a causal language model with config.json and weights"
         raise ConfigError(f"model.path is {config.path!r}, which cannot be loaded: {remedy}. {reason}") from error
 
 
@@ -142,9 +136,22 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, path: str, seed: int)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The model's repeated blocks: the units of sharding and of gradient checkpointing."""
+    """The model's repeated blocks: the units of sharding and of gradient checkpointing.
+
+    Those the model names itself, or else its longest list of modules that is not inside another (experts of a layer
+    are). Empty where there is none.
+    """
     names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    named = [module for module in model.modules() if type(module).__name__ in names]
+    return named or max(_outer_lists(model), key=len, default=[])
+
+
+def _outer_lists(module: nn.Module) -> Iterator[list[nn.Module]]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield list(child)
+        else:
+            yield from _outer_lists(child)
 
 
 def checkpoint_activations(layers: list[nn.Module]) -> None:

@@ -290,6 +290,18 @@ def test_the_models_own_dropout_stays_off(model: Path, tmp_path: Path) -> None:
     assert runs[0] == runs[1]
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_lora_on_the_head_trains_in_bfloat16(model: Path, tmp_path: Path) -> None:
+    pairs = make_pairs(8)
+    settings = LoraConfig(rank=4, target_modules=("q_proj", "lm_head"))
+    learner = make_learner(model, learner_config(lora=settings, param_dtype="bfloat16", compute_dtype="bfloat16"))
+    before = weights(learner)
+    reference = collect_logps(learner.logps, pairs, start(model))
+    train(learner, 1, pairs, reference)
+    changed = {name for name, value in weights(learner).items() if not torch.equal(value, before[name])}
+    assert {name.split(".lora_")[0].split(".")[-1] for name in changed} == {"q_proj", "lm_head"}
+
+
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_bfloat16(model: Path, lora: LoraConfig | None, tmp_path: Path) -> None:
     pairs = make_pairs(8)
@@ -320,6 +332,26 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(model: Path) -> None:
     with pytest.raises(OnlinePOError, match=r"round 1, step 1 of 1: loss is nan, grad_norm is nan.*not applied. Lower"):
         train(learner, 1, pairs, reference)
     assert_same(weights(learner), before)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_trainer_json_is_the_last_file_written(
+    model: Path, lora: LoraConfig | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make_learner(model, learner_config(lora=lora))
+    written: list[set[str]] = []
+    write_text = Path.write_text
+
+    def spy(self: Path, *args: Any, **kwargs: Any) -> int:
+        if self.name == "trainer.json":
+            written.append({file.name for folder in (self.parent, policy) for file in folder.iterdir()})
+        return write_text(self, *args, **kwargs)
+
+    policy, trainer = tmp_path / "policy", tmp_path / "trainer"
+    monkeypatch.setattr(Path, "write_text", spy)
+    learner.save(1, policy, trainer)
+    after = {file.name for folder in (trainer, policy) for file in folder.iterdir()}
+    assert written == [after - {"trainer.json"}] and "optimizer.safetensors" in after
 
 
 def test_another_trainer_state_is_refused(model: Path, tmp_path: Path) -> None:

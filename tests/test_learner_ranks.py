@@ -15,10 +15,13 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from make_tiny_model import make_tiny_model
+from online_po import logps as logps_module
 from online_po.errors import OnlinePOError
+from online_po.policy_model import gather
 from online_po.sections import LoraConfig
 from online_po.types import Policy
 from tests.learner_setup import (
+    VOCABULARY,
     collect_logps,
     learner_config,
     make_learner,
@@ -28,9 +31,11 @@ from tests.learner_setup import (
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_thread")]
 
+PROBE = list(range(4, 300, 7))
 LORA = {"full": None, "lora": LoraConfig(rank=4)}
-PAIRS = make_pairs(17)  # steps of 8, 8 and 1: in the last, one rank of two has no pair
+PAIRS = make_pairs(17)  # steps of 6, 6 and 5: in the last, one rank of two has a pair less
 MORE = make_pairs(9, seed=1)
+ONE = make_pairs(1, seed=2)  # a step in which one rank of two has no pair
 # A larger eps: Adam divides by the root of the second moment, which would turn rounding dust into steps.
 SETTINGS = {"eps": 1e-4, "gradient_checkpointing": True, "weight_decay": 0.01}
 
@@ -55,8 +60,13 @@ def scenario(model: Path, out: Path, lora: LoraConfig | None, ranks: int) -> dic
         found[name] = list(learner.update(2, MORE, found["logps1"], None))
         learner.save(2, out / f"policy2-{name}", out / f"trainer2-{name}")
     found["logps1 from disk"] = collect_logps(learner.logps, MORE, first)
+    second = Policy(version=2, path=out / "policy2-resumed", is_adapter=lora is not None)
+    found["logps2"] = collect_logps(learner.logps, ONE, second)
+    away = {"chosen": found["logps2"]["chosen"] - 1, "rejected": found["logps2"]["rejected"]}
+    found["one pair"] = list(learner.update(3, ONE, away, None))
+    learner.save(3, out / "policy3", out / "trainer3")
     with pytest.raises(OnlinePOError, match="step was not applied"):
-        list(learner.update(3, MORE, {side: np.full(9, np.nan, np.float32) for side in ("chosen", "rejected")}, None))
+        list(learner.update(4, MORE, {side: np.full(9, np.nan, np.float32) for side in ("chosen", "rejected")}, None))
     if ranks > 1:  # this folder was written by the other number of ranks
         learner.load(Policy(version=1, path=out.parent / "one" / "policy1", is_adapter=lora is not None),
                      out.parent / "one" / "trainer1")  # fmt: skip
@@ -70,12 +80,30 @@ def rank_main(rank: int, ranks: int, model: Path, out: Path) -> None:
     for name, lora in LORA.items():
         found = scenario(model, out / name / "two", lora, ranks)
         (out / name / f"rank{rank}.json").write_text(json.dumps(found, default=np.ndarray.tolist))
-    config = learner_config(ranks=ranks, compute_dtype="bfloat16")
-    learner = make_learner(model, config)
-    reference = collect_logps(learner.logps, PAIRS, Policy(version=0, path=model))
-    step = next(learner.update(1, PAIRS, reference, None))
-    (out / f"bfloat16-{rank}.json").write_text(json.dumps([reference["chosen"].tolist(), step]))
+    torch.save(bfloat16(model, ranks), out / f"bfloat16-{rank}.pt")
     dist.destroy_process_group()
+
+
+def bfloat16(model: Path, ranks: int, compute_dtype: str = "bfloat16") -> dict[str, Any]:
+    """Logps, one step and its gradients, all in small chunks; and what goes into the head and what comes of it."""
+    logps_module.CHUNK_LOGITS["cpu"] = 7 * VOCABULARY
+    learner = make_learner(model, learner_config(ranks=ranks, compute_dtype=compute_dtype))
+    found: dict[str, Any] = {"logps": collect_logps(learner.logps, PAIRS, Policy(version=0, path=model))["chosen"]}
+    hidden: list[torch.Tensor] = []
+    with learner.scorer.model.base_model.register_forward_hook(
+        lambda _m, _i, output: hidden.append(output.last_hidden_state[0, :-1].detach())
+    ):
+        found["probe"] = torch.tensor(learner.token_logps(PROBE))
+    found["hidden"], found["head"] = hidden[0], gather(learner.scorer.model.lm_head.weight).clone()
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep(*_: object) -> None:
+        gradients.update({name: gather(p.grad).clone() for name, p in learner.model.named_parameters()})
+
+    learner.optimizer.register_step_pre_hook(keep)
+    reference = {side: np.zeros(17, np.float32) for side in ("chosen", "rejected")}
+    found["step"] = next(learner.update(1, PAIRS, reference, None))
+    return found | {"gradients": gradients}
 
 
 @pytest.fixture(scope="module")
@@ -105,15 +133,16 @@ def timeless(steps: list[dict[str, float]]) -> list[dict[str, float]]:
 @pytest.mark.parametrize("kind", list(LORA))
 def test_two_ranks_equal_one(runs: dict[str, Any], kind: str) -> None:
     one, two, _ = runs[kind]
-    assert [step["pairs"] for step in one["round 1"]] == [8, 8, 1]
-    for phase in ("round 1", "straight"):
+    assert [step["pairs"] for step in one["round 1"]] == [6, 6, 5]
+    assert [step["pairs"] for step in one["one pair"]] == [1] and one["one pair"][0]["grad_norm"] > 1e-3
+    for phase in ("round 1", "straight", "one pair"):
         for step, other in zip(comparable(one[phase]), comparable(two[phase]), strict=True):
             assert other == pytest.approx(step, rel=1e-4, abs=2e-5)
-    for phase in ("logps0", "logps1"):
+    for phase in ("logps0", "logps1", "logps2"):
         for side in ("chosen", "rejected"):
             np.testing.assert_allclose(two[phase][side], one[phase][side], rtol=2e-6, atol=1e-5)
     assert two["probe"] == pytest.approx(one["probe"], abs=2e-5)
-    for folder in ("policy1", "trainer1", "policy2-straight", "trainer2-straight"):
+    for folder in ("policy1", "trainer1", "policy2-straight", "trainer2-straight", "policy3", "trainer3"):
         (name,) = {file.name for file in (runs["out"] / kind / "one" / folder).glob("*.safetensors")}
         left, right = (load_file(runs["out"] / kind / count / folder / name) for count in ("one", "two"))
         assert left.keys() == right.keys() and len(left) > 0
@@ -162,9 +191,33 @@ def test_two_ranks_continue_what_one_saved(runs: dict[str, Any], kind: str) -> N
         assert other == pytest.approx(step, rel=1e-4, abs=2e-5)
 
 
-def test_bfloat16_on_two_ranks(runs: dict[str, Any]) -> None:
-    logps, step = json.loads((runs["out"] / "bfloat16-0.json").read_text())
-    exact = runs["full"][0]["logps0"]["chosen"]
-    np.testing.assert_allclose(logps, exact, rtol=0.03)
-    assert logps != exact
-    assert step["loss"] == pytest.approx(math.log(2), abs=0.02)
+def test_bfloat16_on_two_ranks(runs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(logps_module.CHUNK_LOGITS, "cpu", logps_module.CHUNK_LOGITS["cpu"])  # `bfloat16` sets it
+    exact = bfloat16(runs["model"], ranks=1, compute_dtype="float32")
+    found = torch.load(runs["out"] / "bfloat16-0.pt", weights_only=False)
+    np.testing.assert_allclose(found["logps"], exact["logps"], rtol=0.03)
+    assert found["logps"].tolist() != exact["logps"].tolist()
+    assert found["step"]["loss"] == pytest.approx(exact["step"]["loss"], rel=0.02)
+    assert found["gradients"].keys() == exact["gradients"].keys() and len(found["gradients"]) > 10
+    for name, gradient in exact["gradients"].items():
+        assert found["gradients"][name].dtype == torch.float32
+        assert (found["gradients"][name] - gradient).norm() < 0.05 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_in_bfloat16_the_head_computes_in_float32(
+    runs: dict[str, Any], ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(logps_module.CHUNK_LOGITS, "cpu", logps_module.CHUNK_LOGITS["cpu"])
+    if ranks == 1:
+        found = bfloat16(runs["model"], ranks=1)
+    else:
+        found = torch.load(runs["out"] / "bfloat16-0.pt", weights_only=False)
+        assert found["hidden"].dtype == torch.bfloat16
+    # FSDP gathers weights in bfloat16; one rank has them in float32.
+    hidden, head = found["hidden"].float(), found["head"].to(torch.bfloat16 if ranks == 2 else torch.float32).float()
+    targets = torch.tensor(PROBE[1:])[:, None]
+    logits = hidden @ head.T
+    logps, rounded = (torch.log_softmax(x, -1).gather(1, targets)[:, 0] for x in (logits, logits.bfloat16().float()))
+    torch.testing.assert_close(found["probe"], logps, rtol=0, atol=1e-5)
+    assert (rounded - logps).abs().max() > 3e-3

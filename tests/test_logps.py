@@ -3,6 +3,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -17,7 +18,7 @@ from transformers import (
 from online_po import logps as logps_module
 from online_po.batching import MicroBatch, PairTokens, collate
 from online_po.errors import ConfigError
-from online_po.logps import LogpModel, require_known_head
+from online_po.logps import LogpModel, float32_weights, logits_of, require_known_head
 from tests.learner_setup import VOCABULARY, make_pairs, one_thread  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,30 +155,156 @@ def test_entropies_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lists: list[list[torch.Tensor]] = []
     original = LogpModel._chunk_logps
 
-    def spy(self: LogpModel, hidden: torch.Tensor, targets: torch.Tensor, entropies: list | None) -> torch.Tensor:
+    def spy(
+        self: LogpModel, hidden: torch.Tensor, targets: torch.Tensor, weights: dict, entropies: list | None
+    ) -> torch.Tensor:
         assert entropies is not None
         lists.append(entropies)
-        return original(self, hidden, targets, entropies)
+        return original(self, hidden, targets, weights, entropies)
 
     monkeypatch.setattr(LogpModel, "_chunk_logps", spy)
     run(model, batch)[0].sum().backward()
     assert len(lists) == 2 and len(lists[0]) == 1  # one chunk, forward and recomputation, one entropy
 
 
+# -- bfloat16 --------------------------------------------------------------------------------------
+
+LARGE = 8192
+
+
+def wide_model(tied: bool = False, bias: bool = False) -> PreTrainedModel:
+    """A large vocabulary and logits of about +-30: in bfloat16 they are 0.125 apart."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**(SHAPE | {"vocab_size": LARGE, "initializer_range": 1.0}), tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    if bias:
+        head = torch.nn.Linear(64, LARGE)
+        head.weight = model.get_output_embeddings().weight
+        model.set_output_embeddings(head)
+    return model
+
+
+def last_hidden(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Fills with the backbone's outputs (B, T, D) as they come."""
+    seen: list[torch.Tensor] = []
+    model.base_model.register_forward_hook(lambda _m, _i, out: seen.append(out.last_hidden_state.detach()))
+    return seen
+
+
+def chosen_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits.float(), dim=-1).gather(1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("head", ["plain", "tied", "bias", "lora"])
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+def test_under_bfloat16_the_head_computes_in_float32(head: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(logps_module.CHUNK_LOGITS, "cpu", 7 * LARGE)  # chunks of 7 tokens, the last ragged
+    model = wide_model(tied=head == "tied", bias=head == "bias").to(getattr(torch, kept))
+    if head == "lora":
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+        assert next(p for name, p in adapted.named_parameters() if "lora_B" in name).dtype == torch.float32
+    module = model.get_output_embeddings()
+    batch, _ = make_batch()
+    hidden = last_hidden(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logps, _ = run(model, batch)
+    scales = torch.linspace(-1, 1, len(logps))
+    (logps * scales).sum().backward()
+    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    states, targets = hidden[0].flatten(0, 1)[torch.from_numpy(batch.positions)], torch.from_numpy(batch.targets)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = chosen_logps(module(states), targets)
+    model.float()
+    expected = chosen_logps(module(states.float()), targets)
+    (expected * scales).sum().backward()
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps, expected, rtol=1e-6, atol=2e-5)
+    assert (rounded - expected).abs().mean() > 0.02  # what the head's own rounding would have cost
+    if head == "tied":  # the embeddings' gradient is in there too
+        assert found["weight"].isfinite().all() and found["weight"].any()
+        return
+    assert found.keys() == {name for name, p in module.named_parameters() if p.requires_grad}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        assert parameter.grad is not None
+        # Rounded once, as a whole, where the weights are bfloat16; adding chunks up in bfloat16 rounds each time.
+        rtol = 2**-8 if kept == "bfloat16" and head != "lora" else 1e-4
+        scale = parameter.grad.abs().max().item()
+        torch.testing.assert_close(found[name].float(), parameter.grad, rtol=rtol, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_in_float32_the_head_is_the_module_to_the_bit(kind: str) -> None:
+    model = make_model(kind)
+    head = model.get_output_embeddings()
+    hidden = torch.randn(11, 64)
+    runs = []
+    for logits in (logits_of(model, hidden, float32_weights(head)), scaled(model, head(hidden))):
+        logits.square().sum().backward()
+        runs.append((logits.detach(), gradients(model)))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert runs[0][1].keys() == runs[1][1].keys() and len(runs[0][1]) == 1
+    assert all(torch.equal(gradient, runs[1][1][name]) for name, gradient in runs[0][1].items())
+
+
+def scaled(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+    """What the three families with scaled or capped logits do to them."""
+    match model.config:
+        case GraniteConfig():
+            return logits / 3.0
+        case CohereConfig():
+            return logits * 0.3
+        case Gemma2Config():
+            return 5.0 * torch.tanh(logits / 5.0)
+    return logits
+
+
+# -- heads the learner does not know ---------------------------------------------------------------
+
+
 @pytest.mark.parametrize("kind", list(CONFIGS))
 def test_known_heads_pass(kind: str) -> None:
     require_known_head(make_model(kind), kind)
+    require_known_head(make_model(kind).bfloat16(), kind)
 
 
-def test_an_unknown_head_is_refused_by_name() -> None:
+def test_the_heads_rounding_is_not_taken_for_an_unknown_head() -> None:
+    model = wide_model().bfloat16()
+    with torch.no_grad():
+        model.get_output_embeddings().weight *= 4
+    ids = torch.linspace(0, LARGE - 1, 9).long()[None]
+    with torch.no_grad():
+        own = chosen_logps(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
+        found, _ = LogpModel(model)(ids, torch.arange(8), ids[0, 1:])
+    assert (own - found).abs().max() > 0.1
+    require_known_head(model, "wide")
+    assert model(input_ids=ids).logits.dtype == torch.bfloat16  # its own forward is what it was
+
+
+def test_flash_attention_which_no_cpu_has_does_not_stop_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
+    # transformers would not let anybody ask for it here.
+    monkeypatch.setattr(type(model), "_check_and_adjust_attn_implementation", lambda _self, name, **_: name)
+    model.set_attn_implementation("flash_attention_2")
+    with pytest.raises((ImportError, TypeError, ValueError)):
+        model(input_ids=torch.arange(4, 13)[None])
+    require_known_head(model, "llama")
+    assert model.config._attn_implementation == "flash_attention_2"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_unknown_head_is_refused_by_name(dtype: torch.dtype) -> None:
+    model = make_model("llama").to(dtype)
     forward = model.forward
 
-    def scaled(*args: object, **kwargs: object) -> object:
+    def halved(*args: object, **kwargs: object) -> object:
         output = forward(*args, **kwargs)
         output.logits = output.logits * 0.5
         return output
 
-    model.forward = scaled  # type: ignore[method-assign]
+    model.forward = halved
     with pytest.raises(ConfigError, match=r"model.path is 'odd/model': LlamaForCausalLM .* way the learner does not"):
         require_known_head(model, "odd/model")

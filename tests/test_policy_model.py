@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, PreTrainedModel
 
 from make_tiny_model import make_tiny_model
+from online_po import policy_model
 from online_po.errors import ConfigError
+from online_po.policy_model import decoder_layers
 from online_po.sections import LoraConfig, ModelConfig
 from online_po.types import Policy
 from tests.learner_setup import (
@@ -43,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "nobody/no-such-model"])
 def test_a_model_that_is_not_there(path: str) -> None:
-    with pytest.raises(ConfigError, match=f"model.path is '{path}', which cannot be loaded: no such folder"):
+    with pytest.raises(ConfigError, match=f"model.path is '{path}', but there is no such folder"):
         make_learner(path, learner_config())  # type: ignore[arg-type]
 
 
@@ -52,7 +54,7 @@ def test_models_that_are_no_causal_lm(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="reward', a LlamaForSequenceClassification: not a causal language model"):
         make_learner(tmp_path / "reward", learner_config())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="must be a folder or hub id of a causal language model"):
+    with pytest.raises(ConfigError, match="its config.json is not one transformers knows"):
         make_learner(tmp_path / "empty", learner_config())
     shutil.copytree(model, tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"not a tensor in sight")
@@ -69,6 +71,83 @@ def test_a_model_whose_weights_are_incomplete(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"weight files lack lm_head.weight"):
         make_learner(tmp_path, learner_config())
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_code_in_a_model_folder_is_neither_run_nor_asked_about(
+    model: Path, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model, tmp_path / "odd")
+    ran = tmp_path / "ran"
+    (tmp_path / "odd" / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\nclass Tokenizer: pass\n")
+    if part == "model":
+        changes, file = {"model_type": "odd", "auto_map": {"AutoConfig": "code.Config"}}, "config.json"
+    else:
+        changes = {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}
+        file = "tokenizer_config.json"
+    settings = json.loads((model / file).read_text())
+    (tmp_path / "odd" / file).write_text(json.dumps(settings | changes))
+    asked: list[str] = []
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", answer)
+    with pytest.raises(
+        ConfigError, match=r"model.path is '.*odd', .* its own code to load, and code from model folders is never run"
+    ):
+        make_learner(tmp_path / "odd", learner_config())
+    assert asked == [] and not ran.exists()
+
+
+# -- layers ----------------------------------------------------------------------------------------
+
+
+def test_layers_are_found_where_the_model_does_not_name_them() -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=5,
+    )  # fmt: skip
+    lm = AutoModelForCausalLM.from_config(config)
+    named = decoder_layers(lm)
+    lm._no_split_modules = None
+    for layer in lm.base_model.layers:  # a longer list, but inside the layers
+        layer.parts = torch.nn.ModuleList(torch.nn.Identity() for _ in range(7))
+    assert decoder_layers(lm) == named == list(lm.base_model.layers)
+    lm._no_split_modules = []
+    assert decoder_layers(lm) == named
+    lm.base_model.layers = torch.nn.Identity()
+    assert decoder_layers(lm) == []
+
+
+@pytest.mark.parametrize("has_list", [True, False])
+def test_gradient_checkpointing_is_never_ignored(model: Path, has_list: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = policy_model.load_causal_lm
+
+    def unnamed(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+        lm = load(config, dtype)
+        lm._no_split_modules = None
+        if not has_list:
+            monkeypatch.setattr(policy_model, "_outer_lists", lambda _module: iter(()))
+        return lm
+
+    monkeypatch.setattr(policy_model, "load_causal_lm", unnamed)
+    if not has_list:
+        with pytest.raises(ConfigError, match=r"learner.gradient_checkpointing is true, but LlamaForCausalLM .* false"):
+            make_learner(model, learner_config(gradient_checkpointing=True))
+        make_learner(model, learner_config())
+        return
+    learner = make_learner(model, learner_config(gradient_checkpointing=True))
+    calls: list[int] = []
+    learner.scorer.model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    reference = {side: np.zeros(1, np.float32) for side in ("chosen", "rejected")}
+    train(learner, 1, make_pairs(1), reference)
+    assert len(calls) == 2  # once more in backward
+
+
+# -- adapters --------------------------------------------------------------------------------------
 
 
 def test_lora_on_modules_that_do_not_exist(model: Path) -> None:
@@ -136,6 +215,6 @@ def test_nothing_saved_is_a_pickle(model: Path, tmp_path: Path) -> None:
 
 
 def test_model_config_revision_is_for_the_hub_only(model: Path) -> None:
-    from online_po.policy_model import load_causal_lm
-
-    assert load_causal_lm(ModelConfig(path=str(model), revision="main"), torch.float32).dtype == torch.float32
+    assert (
+        policy_model.load_causal_lm(ModelConfig(path=str(model), revision="main"), torch.float32).dtype == torch.float32
+    )
