@@ -82,7 +82,7 @@ def test_one_rank_and_two_do_the_same_work(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_errors_keep_their_type_and_words(model: Path, ranks: int) -> None:
     lost, group = LearnerGroup(make_config("/no/such/model", ranks)), LearnerGroup(make_config(model, ranks))
-    with pytest.raises(ConfigError, match=r"^model.path is '/no/such/model', which cannot be loaded") as caught:
+    with pytest.raises(ConfigError, match=r"^model.path is '/no/such/model', but there is no such folder") as caught:
         lost.ready(120)
     assert type(caught.value) is ConfigError
     group.ready(120)
