@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import difflib
-import importlib
-import importlib.util
 import inspect
-import os
-import pkgutil
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from judges.calls import Calls, describe
+from judges.calls import Calls
 from judges.protocol import JudgeError, scored, to_score
+from online_po import user_code
 from online_po.errors import ConfigError
 from online_po.sections import JudgeConfig
 from online_po.types import Group, Judgement
@@ -72,31 +67,11 @@ def _to_list(result: Any) -> list[Any]:
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """The function `module:function`, looked for in the working folder first, then where Python looks.
+    """The judge's function `module:function`, see `online_po.user_code.load_function`.
 
-    Raises ConfigError, naming judge.function and near names, if the module does not import, or if what it
-    holds there cannot be called with (prompt, response, metadata).
+    Raises ConfigError, naming judge.function, if it cannot be called with (prompt, response, metadata) either.
     """
-    module_name, _, path = name.partition(":")
-    folder = os.getcwd()
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything
-        raise ConfigError(_explain_import(name, module_name, error)) from error
-    for part in path.split("."):
-        if part not in dir(found):
-            known = [key for key in dir(found) if not key.startswith("_") and inspect.isroutine(getattr(found, key))]
-            near = difflib.get_close_matches(part, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"functions there: {', '.join(known) or 'none'}"
-            raise ConfigError(f"judge.function is {name!r}, but {module_name} has no {path!r}; {hint}")
-        found = getattr(found, part)
-    if not callable(found) or isinstance(found, type):
-        raise ConfigError(
-            f"judge.function is {name!r}, which is a {type(found).__name__}, not a function; name a function of "
-            "(prompt, response, metadata)"
-        )
+    found = user_code.load_function(name, setting="judge.function")
     try:
         inspect.signature(found).bind([], "", {})
     except TypeError as error:
@@ -107,16 +82,3 @@ def load_function(name: str) -> Callable[..., Any]:
     except ValueError:
         pass  # written in C without a signature to read: the first call will tell
     return found
-
-
-def _explain_import(name: str, module_name: str, error: Exception) -> str:
-    missing = isinstance(error, ModuleNotFoundError) and error.name is not None
-    if missing and (module_name + ".").startswith(f"{error.name}."):  # type: ignore[attr-defined]
-        here = [module.name for module in pkgutil.iter_modules([os.getcwd()])]
-        near = difflib.get_close_matches(module_name, here, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "run from the folder that holds it, or set PYTHONPATH"
-        return f"judge.function is {name!r}, but there is no module {error.name!r}; {hint}"  # type: ignore[attr-defined]
-    return (
-        f"judge.function is {name!r}, but importing {module_name!r} fails with {describe(error)}; see that "
-        f"`python -c 'import {module_name}'` works"
-    )
