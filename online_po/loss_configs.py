@@ -307,14 +307,16 @@ class BetaDpo(BetaLoss):
 
     batchwise: ClassVar[bool] = True
     formula: ClassVar[str] = (
-        "-log s(beta (1 + alpha beta (mean m - m0)) m) over the share `keep` of the batch nearest to m0, the running "
+        "-log s(beta (1 + alpha (mean m - m0)) m) over the share `keep` of the batch nearest to m0, the running "
         "mean of m"
     )
     paper: ClassVar[str] = "Wu et al. 2024, beta-DPO (arXiv 2407.08639)"
     use_when: ClassVar[str] = "Pair quality varies from batch to batch, with outliers."
 
     name: Literal["beta_dpo"] = "beta_dpo"
-    alpha: float = Field(0.6, ge=0, description="How strongly beta follows the batch's mean reward margin.")
+    alpha: float = Field(
+        0.6, ge=0, description="Relative change of beta for each nat that the batch's mean margin is above m0."
+    )
     keep: float = Field(0.8, gt=0, le=1, description="Share of the batch that is trained on; 1 with alpha 0 is DPO.")
 
 

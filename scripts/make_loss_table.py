@@ -38,7 +38,7 @@ NOTES = """## Choices
   rejected, where the paper takes that of beating the policy's average response.
 - `bco_pair`, `bco` and `beta_dpo` shift by running means; where none is given, by the mean over what is handed in.
 - `beta_dpo` keeps the pairs nearest to the running mean, where the paper draws them with normal weights: the likeliest
-  draw, and repeatable. Its mean margin is in units of reward, beta times the log-ratios.
+  draw, and repeatable. Margins are in nats, without beta, as in the authors' code.
 - `madpo` weights DPO by the score gap as the paper does; the curve of the weight is our own.
 - `xpo` takes its bonus over both responses of a pair, which all come from the sampling policy here.
 - `bco` leaves out the paper's density-ratio weights.

@@ -145,8 +145,7 @@ def beta_dpo(x, base, beta, alpha, keep):
     centre = x["margin_mean"] if "margin_mean" in x else m0.mean()
     count = max(1, round(keep * len(m0)))
     kept = np.argsort(np.abs(m0 - centre))[:count]
-    reward_gap = (beta * m0[kept]).mean() - beta * centre
-    own_beta = max(1e-3, (1 + alpha * reward_gap) * beta)
+    own_beta = max(1e-3, beta + alpha * beta * (m0[kept].mean() - centre))
     losses = np.zeros(len(m0))
     losses[kept] = -np.log(s(own_beta * margin(x)))[kept] * len(m0) / count
     return losses

@@ -39,7 +39,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dpop": [{"penalty": 2.0, "beta": 0.1}],
     "odpo": [{"transform": "identity"}, {"alpha": 0.4}],
     "madpo": [{"hard_weight": 3.0, "easy_weight": 0.0, "threshold": 0.5, "scale": 0.3}],
-    "beta_dpo": [{"keep": 1.0}, {"keep": 0.4, "beta": 0.5}, {"beta": 3.0}],
+    "beta_dpo": [{"keep": 1.0}, {"keep": 0.4, "beta": 0.5}, {"alpha": 20.0}],
     "f_dpo": [
         {"divergence": "reverse_kl"},
         {"divergence": "forward_kl"},
@@ -252,6 +252,20 @@ def test_wpo_with_weights_of_1_or_more_is_dpo():
     torch.testing.assert_close(losses(config("wpo"), t), losses(config("sigmoid"), t))
 
 
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("wpo", "chosen_weight_logps"), ("bco_pair", "log_ratio_mean"), ("beta_dpo", "margin_mean"), ("kto", "kl")],
+)
+def test_no_gradient_flows_through_what_the_paper_holds_constant(name, field):
+    t = {**tensors(arrays(name)), "log_ratio_mean": torch.tensor(0.5, dtype=torch.float64)}
+    t["margin_mean"] = torch.tensor(0.5, dtype=torch.float64)
+    t = {key: t[key] for key in (*tensor_parameters(FUNCTIONS[name]),)}
+    t[field].requires_grad_(True)
+    t["logps" if name == "kto" else "chosen_logps"].requires_grad_(True)
+    losses(config(name), t).sum().backward()
+    assert t[field].grad is None
+
+
 def test_ln_dpo_of_responses_of_one_token_is_dpo():
     t = tensors(paired_arrays())
     t["chosen_lengths"] = t["rejected_lengths"] = torch.ones(B)
@@ -341,8 +355,8 @@ def test_beta_dpo_leaves_out_the_outlier_and_lowers_beta_with_the_margin():
     t["chosen_logps"] = torch.tensor([1.0, 2.0, 3.0, 4.0, 100.0], dtype=torch.float64)
     t = {key: t[key] for key in tensor_parameters(FUNCTIONS["beta_dpo"]) if key in t}
     t["margin_mean"] = torch.tensor(4.5, dtype=torch.float64)
-    found = losses(config("beta_dpo", beta=0.5, alpha=0.6, keep=0.8), t)
-    own_beta = 0.5 * (1 + 0.6 * 0.5 * (2.5 - 4.5))  # mean of the kept four is 2.5: 0.2
+    found = losses(config("beta_dpo", beta=0.5, alpha=0.3, keep=0.8), t)
+    own_beta = 0.5 * (1 + 0.3 * (2.5 - 4.5))  # mean of the kept four is 2.5: 0.2
     assert own_beta == pytest.approx(0.2)
     expected = [1.25 * math.log(1 + math.exp(-own_beta * margin)) for margin in (1, 2, 3, 4)]
     assert found.tolist() == pytest.approx([*expected, 0.0])

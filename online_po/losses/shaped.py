@@ -164,20 +164,21 @@ def beta_dpo(
     alpha: float,
     keep: float,
 ) -> Tensor:
-    """DPO with the batch's own beta: -log s(beta' m), beta' = beta (1 + alpha beta (mean m - m0)), m0 = margin_mean.
+    """DPO with the batch's own beta: -log s(beta' m), beta' = beta (1 + alpha (mean m - m0)), m0 = margin_mean.
 
-    Wu et al. 2024, "beta-DPO: Direct Preference Optimization with Dynamic beta"; beta' has no gradient and is held at
-    or above SMALLEST_BETA. Only the share `keep` of the pairs counts, those nearest to m0: the paper draws them with
-    normal weights around m0, this takes the likeliest, so that it is repeatable. The others' losses are 0 and these
-    weigh more, which makes the mean over B that over the kept. m0 is the running mean of m; where it is not given, the
-    batch's own, and then beta' moves by the filter alone. Fails in small batches, whose mean is noise.
+    Wu et al. 2024, "beta-DPO: Direct Preference Optimization with Dynamic beta"; as in the authors' code, margins are
+    in nats without beta, and beta' has no gradient and is held at or above SMALLEST_BETA. Only the share `keep` of the
+    pairs counts, those nearest to m0: the authors draw them with normal weights around m0, this takes the likeliest
+    draw, so that it is repeatable. The others' losses are 0 and these weigh more, which makes the mean over B that over
+    the kept. m0 is the running mean of m; where it is not given, the batch's own, and then beta' moves by the filter
+    alone. Fails in small batches, whose mean is noise.
     """
     margins = (chosen_logps - reference_chosen_logps) - (rejected_logps - reference_rejected_logps)
     with torch.no_grad():
         centre = margins.mean() if margin_mean is None else margin_mean
         kept = max(1, round(keep * len(margins)))
         nearest = (margins - centre).abs().argsort(stable=True)[:kept]
-        batch_beta = (beta * (1 + alpha * beta * (margins[nearest].mean() - centre))).clamp(min=SMALLEST_BETA)
+        batch_beta = (beta * (1 + alpha * (margins[nearest].mean() - centre))).clamp(min=SMALLEST_BETA)
         weights = torch.zeros_like(margins).index_fill(0, nearest, len(margins) / kept)
     return -weights * F.logsigmoid(batch_beta * margins)
 
