@@ -18,7 +18,7 @@ from online_po.config import Config
 from online_po.errors import OnlinePOError, first_line
 from online_po.types import Policy
 
-TOKEN_COLUMNS = ["prompt_token_ids", "chosen_token_ids", "rejected_token_ids"]
+PAIR_COLUMNS = ["prompt_token_ids", "chosen_token_ids", "rejected_token_ids", "chosen_score", "rejected_score"]
 """All that ranks read of a pair; nothing else is sent."""
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
@@ -132,7 +132,7 @@ class LearnerGroup:
 
     def logps(self, pairs: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
         """See `online_po.protocols.Learner.logps`."""
-        return self._stream("logps", ray.put(pairs.select(TOKEN_COLUMNS)), policy)
+        return self._stream("logps", ray.put(pairs.select(PAIR_COLUMNS)), policy)
 
     def update(
         self,
@@ -143,7 +143,7 @@ class LearnerGroup:
     ) -> Iterator[dict[str, float]]:
         """See `online_po.protocols.Learner.update` and `online_po.learner.TorchLearner.update`."""
         table, reference, start = (
-            ray.put(value) for value in (pairs.select(TOKEN_COLUMNS), reference_logps, start_logps)
+            ray.put(value) for value in (pairs.select(PAIR_COLUMNS), reference_logps, start_logps)
         )
         return self._stream("update", round_, table, reference, start)
 

@@ -35,7 +35,7 @@ class TokenLists:
 
 
 class PairTokens:
-    """The token ids of a pair table. Rows are read when they are asked for."""
+    """The token ids and scores of a pair table. Token ids of a row are read when they are asked for."""
 
     def __init__(self, pairs: pa.Table) -> None:
         self.prompt = TokenLists(pairs.column("prompt_token_ids"))
@@ -43,6 +43,8 @@ class PairTokens:
         self.rejected = TokenLists(pairs.column("rejected_token_ids"))
         self.widths = self.prompt.lengths + np.maximum(self.chosen.lengths, self.rejected.lengths)
         """(N,) tokens of the longer of a pair's two sequences."""
+        self.scores = {side: pairs.column(f"{side}_score").to_numpy() for side in ("chosen", "rejected")}
+        """(N,) float64 of the judge's scores."""
 
     def __len__(self) -> int:
         return len(self.widths)

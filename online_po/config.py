@@ -9,20 +9,20 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ValidationError, model_validator
 from yaml.nodes import MappingNode, Node, ScalarNode
 
 from online_po.errors import ConfigError
+from online_po.loss_configs import LOSS_BY_NAME, LossName, Sigmoid
 from online_po.sections import (
     EvalConfig,
     GeneratorConfig,
     JudgeConfig,
     LearnerConfig,
     LoopConfig,
-    LossConfig,
     ModelConfig,
     PairsConfig,
     PromptsConfig,
@@ -32,6 +32,14 @@ from online_po.sections import (
     SamplingConfig,
     Section,
 )
+
+
+def _as_list(value: Any) -> Any:
+    """One loss is a list of one; a loss without a name is DPO's."""
+    listed = [value] if isinstance(value, dict) else value
+    if not isinstance(listed, list) or not all(isinstance(loss, dict) for loss in listed):
+        return listed
+    return [{"name": "sigmoid", **loss} for loss in listed]
 
 
 class Config(Section):
@@ -44,7 +52,8 @@ class Config(Section):
     generator: GeneratorConfig = GeneratorConfig()  # type: ignore[call-arg]
     judge: JudgeConfig = JudgeConfig()  # type: ignore[call-arg]
     pairs: PairsConfig = PairsConfig()  # type: ignore[call-arg]
-    loss: LossConfig = LossConfig()  # type: ignore[call-arg]
+    loss: Annotated[tuple[LossName, ...], BeforeValidator(_as_list)] = (Sigmoid(),)  # type: ignore[call-arg]
+    """One loss, or several of a mixture."""
     reference: ReferenceConfig = ReferenceConfig()  # type: ignore[call-arg]
     learner: LearnerConfig = LearnerConfig()  # type: ignore[call-arg]
     eval: EvalConfig = EvalConfig()  # type: ignore[call-arg]
@@ -52,10 +61,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        self._check_loss()
         n = self.loop.responses_per_prompt
         if n < 2:
             raise ValueError(
-                f"loop.responses_per_prompt is {n}, but loss.name: {self.loss.name} trains on pairs; use 2 or more"
+                f"loop.responses_per_prompt is {n}, but loss.name: {self.loss[0].name} trains on pairs; use 2 or more"
             )
         if self.pairs.strategy == "top_bottom_k" and 2 * self.pairs.k > n:
             raise ValueError(
@@ -107,6 +117,23 @@ class Config(Section):
                 "no held-out prompts for evaluation: set prompts.heldout_path or prompts.heldout_size, or eval.every: 0"
             )
         return self
+
+    def _check_loss(self) -> None:
+        """What the learner can train with, of what there is."""
+        if not self.loss:
+            raise ValueError("loss is an empty list; name a loss, or leave it out for DPO")
+        for loss in self.loss:
+            if not loss.trains or loss.needs_probabilities:
+                what = "probability: soft" if loss.needs_probabilities else f"name: {loss.name}"
+                raise ValueError(
+                    f"loss.{what} is there as a function (online_po.losses), but the learner cannot train with it yet; "
+                    "choose another loss of docs/losses.md"
+                )
+        if not any(loss.needs_reference for loss in self.loss):
+            raise ValueError(
+                f"loss.name is {self.loss[0].name}, which has no reference; for now it trains only beside a loss that "
+                "has one, such as loss: [{name: sigmoid}, {name: sft}]"
+            )
 
     def _check_types(self) -> None:
         """Number types that would train nothing, or that attention does not compute in."""
@@ -273,9 +300,16 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 def _explain(item: Any) -> str:
     """One pydantic error as one line: the field, the value, what to do."""
     location = [str(part) for part in item["loc"] if not str(part).startswith(("tuple[", "literal["))]
+    if item["type"] == "union_tag_invalid":
+        tag = item["ctx"]["tag"]
+        near = difflib.get_close_matches(tag, LOSS_BY_NAME, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "docs/losses.md has them all"
+        return f"loss.name is {tag!r}, which is no loss; {hint}"
+    known = _keys_at(location[:-1]) if item["type"] == "extra_forbidden" else []
+    if location[:1] == ["loss"]:
+        location = [location[0], *location[3:]]  # without its place in a list and its name
     where = ".".join(location)
     if item["type"] == "extra_forbidden":
-        known = _keys_at(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
@@ -288,6 +322,8 @@ def _explain(item: Any) -> str:
 
 
 def _keys_at(location: list[str]) -> list[str]:
+    if location[:1] == ["loss"]:
+        return list(LOSS_BY_NAME[location[2]].model_fields)
     model: type[BaseModel] = Config
     for part in location:
         annotation = model.model_fields[part].annotation

@@ -29,11 +29,12 @@ from online_po import policy_model
 from online_po.batching import MicroBatch, PairTokens, collate, epoch_order, global_batches, rank_plans
 from online_po.errors import ConfigError, OnlinePOError
 from online_po.logps import LogpModel, require_known_head
+from online_po.loss_configs import LossBase, reward_beta
 from online_po.losses import LossInputs, pair_losses
 from online_po.model_config import load_tokenizer
 from online_po.optimizer import build_optimizer, clip_gradients, optimizer_tensors, read_optimizer, write_optimizer
 from online_po.schedule import learning_rate, run_progress
-from online_po.sections import LearnerConfig, LossConfig, ModelConfig
+from online_po.sections import LearnerConfig, ModelConfig
 from online_po.seeds import stable_seed
 from online_po.types import Policy
 
@@ -69,8 +70,10 @@ class TorchLearner:
     process group. `rounds` is the length of the run, for the learning rate.
     """
 
-    def __init__(self, model: ModelConfig, learner: LearnerConfig, loss: LossConfig, *, seed: int, rounds: int) -> None:
-        self.model_config, self.config, self.loss = model, learner, loss
+    def __init__(
+        self, model: ModelConfig, learner: LearnerConfig, losses: Sequence[LossBase], *, seed: int, rounds: int
+    ) -> None:
+        self.model_config, self.config, self.losses = model, learner, losses
         self.seed, self.rounds = seed, rounds
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -251,18 +254,24 @@ class TorchLearner:
             return torch.zeros(len(PAIR_SUMS) + 2, dtype=torch.float64, device=self.device)
         chosen, rejected = sums.view(2, -1)  # (m,) each
         reference = self._known(known.reference, rows)
+        lengths = torch.tensor(batch.lengths, dtype=torch.float32, device=self.device).view(2, -1)
+        scores = self._known(tokens.scores, rows)
         inputs = LossInputs(
             chosen_logps=chosen,
             rejected_logps=rejected,
             reference_chosen_logps=reference[0],
             reference_rejected_logps=reference[1],
+            chosen_lengths=lengths[0],
+            rejected_lengths=lengths[1],
+            chosen_scores=scores[0],
+            rejected_scores=scores[1],
         )
-        losses = pair_losses(self.loss, inputs)
+        losses = pair_losses(self.losses, inputs)
         (losses.sum() / pairs_in_step).backward()
         with torch.no_grad():
             logps = torch.stack([chosen, rejected]).double()  # (2, m)
             start = torch.zeros_like(logps) if known.start is None else self._known(known.start, rows).double()
-            rewards = self.loss.beta * (logps - reference.double())
+            rewards = reward_beta(self.losses) * (logps - reference.double())
             columns = {
                 "loss": losses,
                 "margin": rewards[0] - rewards[1],
@@ -278,9 +287,9 @@ class TorchLearner:
             count = torch.tensor(float(len(batch.targets)), dtype=torch.float64, device=self.device)
             return torch.stack([*totals, entropies.double().sum(), count])
 
-    def _known(self, logps: dict[str, np.ndarray], rows: np.ndarray) -> Tensor:
-        """(2, m) float32 of the pairs' fixed logps, chosen and rejected."""
-        return torch.from_numpy(np.stack([logps["chosen"][rows], logps["rejected"][rows]])).float().to(self.device)
+    def _known(self, values: dict[str, np.ndarray], rows: np.ndarray) -> Tensor:
+        """(2, m) float32 of what is fixed for a pair, of chosen and rejected."""
+        return torch.from_numpy(np.stack([values["chosen"][rows], values["rejected"][rows]])).float().to(self.device)
 
     def _require_finite(self, metrics: dict[str, float], where: str) -> None:
         bad = {name: metrics[name] for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])}

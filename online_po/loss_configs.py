@@ -10,6 +10,7 @@ response tokens unless divided by a length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, Union, get_args
 
 from pydantic import Field, model_validator
@@ -31,6 +32,8 @@ class LossBase(Section):
     """Whether the formula holds the judge's scores."""
     batchwise: ClassVar[bool] = False
     """Whether the loss of a pair depends on the other pairs that are handed in with it."""
+    trains: ClassVar[bool] = True
+    """Whether the learner gives the function all it needs. False: the function is there, the learner's part is not."""
     formula: ClassVar[str]
     paper: ClassVar[str]
     use_when: ClassVar[str]
@@ -136,6 +139,7 @@ class NcaPair(BetaLoss):
 class BcoPair(BetaLoss):
     """Binary classifier optimization on pairs."""
 
+    trains: ClassVar[bool] = False
     batchwise: ClassVar[bool] = True
     formula: ClassVar[str] = "-log s(beta (a - d)) - log s(-beta (b - d)), d the running mean of a and b"
     paper: ClassVar[str] = "Jung et al. 2024, Binary Classifier Optimization (arXiv 2404.04656)"
@@ -165,6 +169,7 @@ class Sppo(BetaLoss):
 class Aot(BetaLoss):
     """Alignment via optimal transport, paired."""
 
+    trains: ClassVar[bool] = False
     batchwise: ClassVar[bool] = True
     formula: ClassVar[str] = (
         "-log s(beta (u[k] - v[k])): u, v the batch's margins under policy and reference, each sorted"
@@ -178,6 +183,7 @@ class Aot(BetaLoss):
 class AotUnpaired(BetaLoss):
     """Alignment via optimal transport, the pairing undone."""
 
+    trains: ClassVar[bool] = False
     batchwise: ClassVar[bool] = True
     formula: ClassVar[str] = "-log s(beta (a[k] - b[k])): a and b of the batch, each sorted"
     paper: ClassVar[str] = "Melnyk et al. 2024, Distributional Preference Alignment (arXiv 2406.05882), section 3"
@@ -234,6 +240,7 @@ class LnDpo(BetaLoss):
 class LdDpo(BetaLoss):
     """Length-desensitised DPO."""
 
+    trains: ClassVar[bool] = False
     formula: ClassVar[str] = (
         "-log s(beta m'), every logp replaced by prefix + alpha (whole - prefix), prefix: first min(|c|, |r|) tokens"
     )
@@ -305,6 +312,7 @@ class Madpo(BetaLoss):
 class BetaDpo(BetaLoss):
     """DPO with a beta set by the batch."""
 
+    trains: ClassVar[bool] = False
     batchwise: ClassVar[bool] = True
     formula: ClassVar[str] = (
         "-log s(beta (1 + alpha (mean m - m0)) m) over the share `keep` of the batch nearest to m0, the running "
@@ -323,6 +331,7 @@ class BetaDpo(BetaLoss):
 class Wpo(BetaLoss):
     """Weighted preference optimization."""
 
+    trains: ClassVar[bool] = False
     formula: ClassVar[str] = "-w log s(beta m), w = min(1, exp(wc + wr)), wc, wr: mean log(p / sum_v p_v^2) of tokens"
     paper: ClassVar[str] = "Zhou et al. 2024, WPO (arXiv 2406.11827), sampled alignment"
     use_when: ClassVar[str] = "Pairs are old (replay, a data set): those the policy would not say weigh less."
@@ -437,6 +446,7 @@ class Sft(ReferenceFreeLoss):
 class UnpairedLoss(BetaLoss):
     """A loss of single responses labelled desirable or undesirable."""
 
+    trains: ClassVar[bool] = False
     kind: ClassVar[Literal["paired", "unpaired"]] = "unpaired"
 
     desirable_weight: float = Field(1.0, ge=0, description="Weight of desirable responses.")
@@ -481,6 +491,7 @@ class Bco(UnpairedLoss):
 class Custom(BetaLoss):
     """Your own function of pairs."""
 
+    trains: ClassVar[bool] = False
     formula: ClassVar[str] = "your own"
     paper: ClassVar[str] = "-"
     use_when: ClassVar[str] = "A loss is not here: name a function of the tensors it needs, options keyword-only."
@@ -536,3 +547,11 @@ LossName = Annotated[
 
 LOSSES: tuple[type[LossBase], ...] = get_args(get_args(LossName)[0])
 """Every loss, in the order of the documentation."""
+
+LOSS_BY_NAME: dict[str, type[LossBase]] = {loss.model_fields["name"].default: loss for loss in LOSSES}
+
+
+def reward_beta(losses: Sequence[LossBase]) -> float:
+    """The beta that implicit rewards beta * (logp - reference logp) are reported with: the first one of a loss
+    with a reference."""
+    return next(loss.beta for loss in losses if isinstance(loss, BetaLoss) and loss.needs_reference)

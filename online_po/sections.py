@@ -211,18 +211,6 @@ class PairsConfig(Section):
     min_margin: float = Field(0.0, ge=0, description="Score gap a pair must reach; a gap of 0 is a tie and never one.")
 
 
-class LossConfig(Section):
-    """The preference loss."""
-
-    name: Literal["sigmoid"] = Field("sigmoid", description="sigmoid: DPO.")
-    beta: float = Field(
-        0.1, gt=0, description="Higher keeps the policy closer to the reference; lower lets it drift further."
-    )
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Assumed share of wrong labels (conservative DPO); 0 is plain DPO."
-    )
-
-
 class ReferenceConfig(Section):
     """The frozen anchor of the loss."""
 

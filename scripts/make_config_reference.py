@@ -14,8 +14,13 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from online_po.config import Config
+from online_po.loss_configs import Sigmoid
 
 README = Path(__file__).parents[1] / "README.md"
+LOSS_NOTE = (
+    "These are the options of the default loss. [docs/losses.md](docs/losses.md) has all losses with theirs. A list, "
+    "such as `loss: [{name: sigmoid}, {name: sft, weight: 0.2}]`, is a mixture."
+)
 BEGIN, END = "<!-- config reference: begin (generated) -->", "<!-- config reference: end -->"
 
 
@@ -71,6 +76,9 @@ def reference() -> str:
     """The whole reference, between its markers."""
     lines = [BEGIN, "<details><summary>All sections and keys</summary>", ""]
     for name, field in Config.model_fields.items():
+        if name == "loss":
+            lines += [*section(name, Sigmoid), "", LOSS_NOTE, ""]
+            continue
         assert isinstance(field.annotation, type)
         lines += [*section(name, field.annotation), ""]
     return "\n".join([*lines, "</details>", END])

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from online_po.sections import LearnerConfig, LossConfig, ModelConfig
+from online_po.loss_configs import LOSS_BY_NAME
+from online_po.sections import LearnerConfig, ModelConfig
 from online_po.tables import PAIR_SCHEMA
 from online_po.types import Policy
 
@@ -29,17 +30,19 @@ def one_thread() -> Iterator[None]:
 
 
 def make_pairs(count: int, seed: int = 0) -> pa.Table:
-    """Random pairs of ragged lengths (prompt 1 to 9 tokens, responses 1 to 14)."""
+    """Random pairs of ragged lengths (prompt 1 to 9 tokens, responses 1 to 14), scored at random."""
     rng = np.random.default_rng(seed)
 
     def sequences(longest: int) -> list[list[int]]:
         return [rng.integers(4, VOCABULARY, rng.integers(1, longest)).tolist() for _ in range(count)]
 
-    columns = {
+    columns: dict[str, list[Any]] = {
         "prompt_token_ids": sequences(10),
         "chosen_token_ids": sequences(15),
         "rejected_token_ids": sequences(15),
     }
+    columns["rejected_score"] = rng.uniform(0, 1, count).tolist()
+    columns["chosen_score"] = (np.array(columns["rejected_score"]) + rng.uniform(0.1, 2, count)).tolist()
     return pa.Table.from_pylist(
         [{name: values[i] for name, values in columns.items()} for i in range(count)], schema=PAIR_SCHEMA
     )
@@ -50,10 +53,11 @@ def learner_config(**changes: Any) -> LearnerConfig:
     return LearnerConfig(**({"learning_rate": 1e-3, "global_batch_size": 8, "micro_batch_tokens": 160} | changes))
 
 
-def make_learner(model: Path, config: LearnerConfig, **loss: Any) -> Any:
+def make_learner(model: Path, config: LearnerConfig, name: str = "sigmoid", **options: Any) -> Any:
     from online_po.learner import TorchLearner
 
-    return TorchLearner(ModelConfig(path=str(model)), config, LossConfig(**loss), seed=7, rounds=3)
+    losses = (LOSS_BY_NAME[name](**options),)
+    return TorchLearner(ModelConfig(path=str(model)), config, losses, seed=7, rounds=3)
 
 
 def collect_logps(logps: Callable[..., Any], pairs: pa.Table, policy: Policy) -> dict[str, np.ndarray]:

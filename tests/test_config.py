@@ -209,3 +209,36 @@ def test_importing_the_package_and_its_config_loads_nothing_heavy():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+LOSS = {"run": {"name": "a"}, "model": {"path": "x"}, "prompts": {"path": "p", "heldout_size": 1}}
+
+
+def test_a_loss_or_a_mixture_of_them():
+    def parse(loss):
+        config = Config.parse(LOSS | {"loss": loss})
+        assert Config.parse(yaml.safe_load(config.to_yaml())).loss == config.loss
+        return [(loss.name, loss.weight) for loss in config.loss]
+
+    assert [(loss.name, loss.beta) for loss in Config.parse(LOSS).loss] == [("sigmoid", 0.1)]
+    assert parse({"beta": 0.5}) == [("sigmoid", 1.0)]
+    assert parse({"name": "ipo", "average_logps": False}) == [("ipo", 1.0)]
+    assert parse([{"name": "apo_zero"}, {"name": "sft", "weight": 0.25}]) == [("apo_zero", 1.0), ("sft", 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ({"name": "simgoid"}, r"^loss.name is 'simgoid', which is no loss; did you mean 'sigmoid'\?$"),
+        ({"name": "rdpo", "lable_smoothing": 0.1}, r"^loss.lable_smoothing: unknown key; did you mean 'label_smoo"),
+        ({"beta": 0}, r"^loss.beta: input should be greater than 0"),
+        ({"name": "kto"}, r"^loss.name: kto is there as a function .* cannot train with it yet"),
+        ({"name": "sppo", "probability": "soft"}, r"^loss.probability: soft is there as a function"),
+        ({"name": "sft"}, r"^loss.name is sft, which has no reference"),
+        ([], r"^loss is an empty list"),
+        ("sigmoid", r"^loss"),
+    ],
+)
+def test_losses_that_cannot_be(loss, words):
+    with pytest.raises(ConfigError, match=words):
+        Config.parse(LOSS | {"loss": loss})

@@ -18,7 +18,6 @@ from torch import Tensor
 from online_po.loss_configs import LOSSES, Custom, LossBase, LossName, Simpo
 from online_po.losses import FUNCTIONS, LossInputs, UnpairedInputs, kto_kl, pair_losses, tensor_names, unpaired_losses
 from online_po.losses.dispatch import tensor_parameters
-from online_po.sections import LossConfig
 from tests.loss_formulas import FORMULAS
 
 NAMED = {loss.model_fields["name"].default: loss for loss in LOSSES if loss is not Custom}
@@ -105,7 +104,7 @@ def tensors(x: dict[str, np.ndarray], dtype: torch.dtype = torch.float64) -> dic
 
 def losses(loss: Any, t: dict[str, Tensor], beta: Any = None) -> Tensor:
     """Through the dispatch, as the learner calls it."""
-    if (loss if isinstance(loss, LossBase | LossConfig) else loss[0]).name in UNPAIRED:
+    if (loss if isinstance(loss, LossBase) else loss[0]).name in UNPAIRED:
         return unpaired_losses(loss, UnpairedInputs(**t), beta)
     return pair_losses(loss, LossInputs(**t), beta)
 
@@ -585,13 +584,6 @@ def test_a_scheduled_beta_replaces_the_configured_one():
     torch.testing.assert_close(losses(mixture, t, [0.3, None, None]), one_each)
     with pytest.raises(ValueError, match="2 betas were given for 3 losses"):
         losses(mixture, t, [0.3, 0.2])
-
-
-def test_the_config_of_old_still_works():
-    t = tensors(paired_arrays())
-    torch.testing.assert_close(losses(LossConfig(beta=0.3), t), losses(config("sigmoid", beta=0.3), t))
-    smoothed = losses(LossConfig(beta=0.3, label_smoothing=0.2), t)
-    torch.testing.assert_close(smoothed, losses(config("cdpo", beta=0.3, label_smoothing=0.2), t))
 
 
 def test_tensor_names_say_what_the_learner_must_compute():

@@ -11,10 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from online_po.errors import ConfigError
-from online_po.loss_configs import Cdpo, Custom, LossBase, Sppo
+from online_po.loss_configs import Custom, LossBase, Sppo
 from online_po.losses import paired, reference_free, shaped, unpaired
 from online_po.losses.inputs import LossInputs, UnpairedInputs
-from online_po.sections import LossConfig
 from online_po.user_code import load_function
 
 LossFunction = Callable[..., Tensor]
@@ -58,11 +57,10 @@ FUNCTIONS: dict[str, LossFunction] = {
 }
 """Every loss but `custom`, by its name in a config."""
 
-Loss = LossBase | LossConfig
 Beta = float | Sequence[float | None] | None
 
 
-def pair_losses(config: Loss | Sequence[Loss], inputs: LossInputs, beta: Beta = None) -> Tensor:
+def pair_losses(config: LossBase | Sequence[LossBase], inputs: LossInputs, beta: Beta = None) -> Tensor:
     """(B,) losses of B pairs under a loss, or the weighted sum of several.
 
     beta: what a schedule says in place of `config.beta`; for a list of losses, one for all that have a beta, or one
@@ -76,13 +74,13 @@ def unpaired_losses(config: LossBase | Sequence[LossBase], inputs: UnpairedInput
     return _losses(config, inputs, beta)
 
 
-def tensor_names(config: Loss | Sequence[Loss]) -> frozenset[str]:
+def tensor_names(config: LossBase | Sequence[LossBase]) -> frozenset[str]:
     """Fields of LossInputs (or UnpairedInputs) that the losses read. Raises ConfigError as `loss_function` does.
 
     Running means (`log_ratio_mean`, `margin_mean`) are among them, though a loss does without.
     """
     names: set[str] = set()
-    for loss in map(_modern, _listed(config)):
+    for loss in _listed(config):
         taken = set(tensor_parameters(loss_function(loss)))
         if isinstance(loss, Sppo) and not loss.needs_probabilities:
             taken.remove("preference_probabilities")
@@ -103,19 +101,12 @@ def loss_function(config: LossBase) -> LossFunction:
     return function
 
 
-def _listed(config: Loss | Sequence[Loss]) -> Sequence[Loss]:
-    return [config] if isinstance(config, LossBase | LossConfig) else config
+def _listed(config: LossBase | Sequence[LossBase]) -> Sequence[LossBase]:
+    return [config] if isinstance(config, LossBase) else config
 
 
-def _modern(config: Loss) -> LossBase:
-    """LossConfig, of the time when there was one loss, as today's: cdpo at 0 is sigmoid to the last bit."""
-    if isinstance(config, LossBase):
-        return config
-    return Cdpo(beta=config.beta, label_smoothing=config.label_smoothing)  # type: ignore[call-arg]
-
-
-def _losses(config: Loss | Sequence[Loss], inputs: LossInputs | UnpairedInputs, beta: Beta) -> Tensor:
-    losses = [_modern(loss) for loss in _listed(config)]
+def _losses(config: LossBase | Sequence[LossBase], inputs: LossInputs | UnpairedInputs, beta: Beta) -> Tensor:
+    losses = _listed(config)
     betas = beta if isinstance(beta, Sequence) else [beta] * len(losses)
     if not losses:
         raise ConfigError("loss is an empty list; name at least one loss")

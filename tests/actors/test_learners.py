@@ -44,6 +44,8 @@ def make_config(model: Path | str, ranks: int = 1, **ray_section: Any) -> Config
             "learner": {
                 "ranks": ranks, "threads": 1, "global_batch_size": 4, "learning_rate": 1e-3, "eps": 1e-4,
             },
+            # Reads all that is known of a pair: logps, lengths and scores.
+            "loss": [{"name": "odpo"}, {"name": "sft", "weight": 0.2}],
             "ray": ray_section,
         }
     )  # fmt: skip
