@@ -138,7 +138,7 @@ class LearnerGroup:
         self,
         round_: int,
         pairs: pa.Table,
-        reference_logps: dict[str, np.ndarray],
+        reference_logps: dict[str, np.ndarray] | None,
         start_logps: dict[str, np.ndarray] | None,
     ) -> Iterator[dict[str, float]]:
         """See `online_po.protocols.Learner.update` and `online_po.learner.TorchLearner.update`."""

@@ -59,6 +59,16 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()  # type: ignore[call-arg]
     ray: RayConfig = RayConfig()  # type: ignore[call-arg]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_reference(cls, data: Any) -> Any:
+        """Without a section `reference`, losses that need none get none."""
+        names = [loss.get("name") for loss in _as_list(data.get("loss", {})) if isinstance(loss, dict)]
+        known = [LOSS_BY_NAME[name] for name in names if name in LOSS_BY_NAME]
+        if known and not any(loss.needs_reference for loss in known) and "reference" not in data:
+            return data | {"reference": {"kind": "none"}}
+        return data
+
     @model_validator(mode="after")
     def _check(self) -> Config:
         self._check_loss()
@@ -129,10 +139,15 @@ class Config(Section):
                     f"loss.{what} is there as a function (online_po.losses), but the learner cannot train with it yet; "
                     "choose another loss of docs/losses.md"
                 )
-        if not any(loss.needs_reference for loss in self.loss):
+        needing = [loss.name for loss in self.loss if loss.needs_reference]
+        if needing and self.reference.kind == "none":
             raise ValueError(
-                f"loss.name is {self.loss[0].name}, which has no reference; for now it trains only beside a loss that "
-                "has one, such as loss: [{name: sigmoid}, {name: sft}]"
+                f"reference.kind is none, but loss.name: {needing[0]} needs a reference; use fixed or refresh"
+            )
+        if not needing and self.reference.kind != "none":
+            raise ValueError(
+                f"reference.kind is {self.reference.kind}, but loss.name: {self.loss[0].name} has no use for a "
+                "reference; leave section reference out, or set reference.kind: none"
             )
 
     def _check_types(self) -> None:
@@ -196,6 +211,12 @@ class Config(Section):
         if self.eval.temperature is not None:
             fields["temperature"] = self.eval.temperature
         return SamplingConfig(**fields)
+
+    @property
+    def measures_kl_to_start(self) -> bool:
+        """Whether a round's pairs are also scored under the starting policy, where the reference is another one."""
+        wanted = self.learner.kl_to_start
+        return self.reference.kind != "none" if wanted is None else wanted
 
     @property
     def run_dir(self) -> Path:

@@ -59,7 +59,7 @@ PAIR_SUMS = (
 class RoundLogps:
     """Fixed logps of a round's pairs: {"chosen": (N,), "rejected": (N,)} float32, summed over response tokens."""
 
-    reference: dict[str, np.ndarray]
+    reference: dict[str, np.ndarray] | None
     start: dict[str, np.ndarray] | None
 
 
@@ -191,13 +191,14 @@ class TorchLearner:
         self,
         round_: int,
         pairs: pa.Table,
-        reference_logps: dict[str, np.ndarray],
+        reference_logps: dict[str, np.ndarray] | None,
         start_logps: dict[str, np.ndarray] | None,
     ) -> Iterator[dict[str, float]]:
         """See `online_po.protocols.Learner.update`. Metrics of a step, over all ranks, padding never counted:
 
         loss; accuracy: share of pairs whose chosen response has the higher implicit reward; margin, chosen_reward,
-        rejected_reward: implicit rewards beta * log(pi / reference); chosen_logps, rejected_logps: summed over
+        rejected_reward: implicit rewards beta * log(pi / reference), or beta * log(pi) without a reference (beta: the
+        first loss's that has one, else 1); chosen_logps, rejected_logps: summed over
         tokens; all means over pairs. kl_reference, kl_start: mean over both responses of every pair of the summed
         log(pi / other), nats a response. That is the k1 estimator of KL(pi, other) only where responses are samples
         of pi itself. Logps here are at temperature 1, while responses are drawn at generator.temperature and
@@ -235,8 +236,9 @@ class TorchLearner:
         self._sum_over_ranks(sums)
         *pair_sums, entropy, response_tokens = sums.tolist()
         metrics = {name: value / len(rows) for name, value in zip(PAIR_SUMS, pair_sums, strict=True)}
-        if known.start is None:
-            del metrics["kl_start"]
+        for name, logps in (("kl_reference", known.reference), ("kl_start", known.start)):
+            if logps is None:
+                del metrics[name]
         metrics["entropy"] = entropy / max(1.0, response_tokens)
         metrics["grad_norm"] = clip_gradients(list(self._trained().values()), self.config.max_grad_norm)
         self._require_finite(metrics, where)
@@ -253,14 +255,14 @@ class TorchLearner:
             (token_logps.sum() * 0.0).backward()
             return torch.zeros(len(PAIR_SUMS) + 2, dtype=torch.float64, device=self.device)
         chosen, rejected = sums.view(2, -1)  # (m,) each
-        reference = self._known(known.reference, rows)
+        reference = None if known.reference is None else self._known(known.reference, rows)
         lengths = torch.tensor(batch.lengths, dtype=torch.float32, device=self.device).view(2, -1)
         scores = self._known(tokens.scores, rows)
         inputs = LossInputs(
             chosen_logps=chosen,
             rejected_logps=rejected,
-            reference_chosen_logps=reference[0],
-            reference_rejected_logps=reference[1],
+            reference_chosen_logps=None if reference is None else reference[0],
+            reference_rejected_logps=None if reference is None else reference[1],
             chosen_lengths=lengths[0],
             rejected_lengths=lengths[1],
             chosen_scores=scores[0],
@@ -271,7 +273,8 @@ class TorchLearner:
         with torch.no_grad():
             logps = torch.stack([chosen, rejected]).double()  # (2, m)
             start = torch.zeros_like(logps) if known.start is None else self._known(known.start, rows).double()
-            rewards = reward_beta(self.losses) * (logps - reference.double())
+            anchor = torch.zeros_like(logps) if reference is None else reference.double()
+            rewards = reward_beta(self.losses) * (logps - anchor)
             columns = {
                 "loss": losses,
                 "margin": rewards[0] - rewards[1],
@@ -279,7 +282,7 @@ class TorchLearner:
                 "rejected_reward": rewards[1],
                 "chosen_logps": logps[0],
                 "rejected_logps": logps[1],
-                "kl_reference": (logps - reference).mean(0),
+                "kl_reference": (logps - anchor).mean(0),
                 "kl_start": (logps - start).mean(0),
                 "accuracy": rewards[0] > rewards[1],
             }

@@ -552,6 +552,8 @@ LOSS_BY_NAME: dict[str, type[LossBase]] = {loss.model_fields["name"].default: lo
 
 
 def reward_beta(losses: Sequence[LossBase]) -> float:
-    """The beta that implicit rewards beta * (logp - reference logp) are reported with: the first one of a loss
-    with a reference."""
-    return next(loss.beta for loss in losses if isinstance(loss, BetaLoss) and loss.needs_reference)
+    """The beta that implicit rewards are reported with: the first one of a loss with a reference, else of any; 1
+    where no loss has one."""
+    ranked = sorted(losses, key=lambda loss: not loss.needs_reference)
+    betas = (getattr(loss, "beta", None) for loss in ranked)
+    return next((beta for beta in betas if beta is not None), 1.0)

@@ -242,7 +242,7 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
     pairs = loop.prompts_per_round * min(per_prompt, config.pairs.max_per_prompt or per_prompt)
     weights = shape.parameters * BYTES[learner.param_dtype]
     # Full: weights, gradients, two moments, and a reference of its own unless it is the sampling policy.
-    own_reference = config.reference.kind == "fixed" or config.reference.every > 1
+    own_reference = config.reference.kind == "fixed" or config.reference.every > 1 or config.measures_kl_to_start
     copies = 1 if learner.lora is not None else 4 + own_reference
     saved = 0 if learner.lora is not None else 3 * weights
     # One more than is kept, while a round is being committed.

@@ -62,12 +62,13 @@ class Learner(Protocol):
         self,
         round_: int,
         pairs: pa.Table,
-        reference_logps: dict[str, np.ndarray],
+        reference_logps: dict[str, np.ndarray] | None,
         start_logps: dict[str, np.ndarray] | None,
     ) -> Iterator[dict[str, float]]:
         """Trains on all pairs `learner.epochs` times; yields the metrics of each optimizer step.
 
-        `reference_logps`: {"chosen": (N,), "rejected": (N,)} float32, summed over response tokens.
+        `reference_logps`: {"chosen": (N,), "rejected": (N,)} float32, summed over response tokens; None where no
+        loss needs them.
         `start_logps`: the same under the starting policy, for KL metrics; None leaves them out.
         """
         ...

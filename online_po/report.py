@@ -243,12 +243,17 @@ def _reason_rows(counts: dict[str, int]) -> list[tuple[str, str]]:
     return [(REASONS.get(reason, reason), f"{count:,}") for reason, count in counts.items() if count]
 
 
+def _loss(loss: dict[str, Any]) -> str:
+    weight = "" if loss["weight"] == 1 else f"{loss['weight']:g} x "
+    return f"{weight}{loss['name']}" + (f", β {loss['beta']:g}" if "beta" in loss else "")
+
+
 def _facts(view: RunView) -> list[tuple[str, str]]:
     config, info = view.config, view.info
     versions = info.get("versions", {})
     return [
         ("starting model", config["model"]["path"]),
-        ("loss", f"{config['loss']['name']}, β {config['loss']['beta']:g}"),
+        ("loss", " + ".join(map(_loss, config["loss"]))),
         ("reference", config["reference"]["kind"]),
         ("trained", "LoRA adapters" if config["learner"]["lora"] else "all weights"),
         ("judge", config["judge"]["kind"]),

@@ -107,11 +107,12 @@ def train_round(parts: Parts, round_: int) -> None:
     with observer.phase("pair", round_):
         pairs, sampled = make_pairs(parts, round_)
     with observer.phase("reference", round_):
-        reference = pair_logps(parts, round_, pairs, "reference", reference_round)
-        start = None
-        if reference_round == 0:
+        reference = start = None
+        if config.reference.kind != "none":
+            reference = pair_logps(parts, round_, pairs, "reference", reference_round)
+        if reference is not None and reference_round == 0:
             start = reference
-        elif config.learner.kl_to_start:
+        elif config.measures_kl_to_start:
             start = pair_logps(parts, round_, pairs, "start", 0)
     steps: list[dict[str, float]] = []
     with observer.phase("learn", round_):
@@ -209,9 +210,9 @@ def mean_length(token_ids: pa.ChunkedArray) -> float:
 
 
 def sampling_kl(
-    pairs: pa.Table, reference: dict[str, np.ndarray], start: dict[str, np.ndarray] | None
+    pairs: pa.Table, reference: dict[str, np.ndarray] | None, start: dict[str, np.ndarray] | None
 ) -> dict[str, float]:
-    """KL of the policy that sampled the round to the reference and to the start, in nats a response.
+    """KL of the policy that sampled the round to the reference and to the start, where given, in nats a response.
 
     The k1 estimator (Schulman 2020, "Approximating KL divergence"): the mean of log(pi / other) over
     responses drawn from pi, here both responses of every pair. Unlike the metrics of a step, which see
@@ -219,9 +220,10 @@ def sampling_kl(
     by score, and they were drawn at `generator.temperature` (and top_p and so on), while pi is temperature 1.
     """
     sampler = {name: pairs[f"{name}_sampler_logp"].to_numpy() for name in ("chosen", "rejected")}
-    known = {"kl_reference": reference} | ({"kl_start": start} if start is not None else {})
     return {
-        key: float(np.mean([(sampler[name] - logps[name]).mean() for name in sampler])) for key, logps in known.items()
+        key: float(np.mean([(sampler[name] - logps[name]).mean() for name in sampler]))
+        for key, logps in (("kl_reference", reference), ("kl_start", start))
+        if logps is not None
     }
 
 

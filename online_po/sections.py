@@ -214,15 +214,17 @@ class PairsConfig(Section):
 class ReferenceConfig(Section):
     """The frozen anchor of the loss."""
 
-    kind: Literal["fixed", "refresh"] = Field(
-        "fixed", description="fixed: always the starting model. refresh: takes the policy every `every` rounds."
+    kind: Literal["fixed", "refresh", "none"] = Field(
+        "fixed",
+        description="fixed: always the starting model. refresh: takes the policy every `every` rounds. none: for "
+        "losses without a reference, and the default there: no log-probabilities computed, no weights loaded for it.",
     )
     every: int = Field(1, ge=1, description="For refresh: rounds between two refreshes.")
 
     @model_validator(mode="after")
     def _check(self) -> ReferenceConfig:
-        if self.kind == "fixed" and self.every != 1:
-            raise ValueError("reference.every is for reference.kind: refresh, not fixed")
+        if self.kind != "refresh" and self.every != 1:
+            raise ValueError(f"reference.every is for reference.kind: refresh, not {self.kind}")
         return self
 
 
@@ -265,10 +267,10 @@ class LearnerConfig(Section):
         "float32", description="Type of the matrix work; losses and logps are float32 always."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of a rank. null: all cores / ranks.")
-    kl_to_start: bool = Field(
-        True,
+    kl_to_start: bool | None = Field(
+        None,
         description="Also measure KL to the starting policy when the reference is another one "
-        "(one more forward pass over the round's pairs).",
+        "(one more forward pass over the round's pairs). null: yes, unless there is no reference.",
     )
 
     @model_validator(mode="after")

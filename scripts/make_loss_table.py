@@ -24,8 +24,7 @@ In the formulas, a = log pi(chosen) - log ref(chosen), b the same for the reject
 sigmoid, |c| and |r| are the lengths of chosen and rejected in tokens. Logs are natural, and log-probabilities are
 summed over response tokens unless divided by a length. Higher beta keeps the policy closer to the reference.
 
-- **trains**: whether the learner trains with it. Those that it does not are there as functions only, so far; a loss
-  without a reference trains beside one that has one.
+- **trains**: whether the learner trains with it. Those that it does not are there as functions only, so far.
 - **data**: pairs of a chosen and a rejected response, or single responses labelled desirable or not.
 - **ref**: whether reference log-probabilities enter; without, no reference is loaded.
 - **scores**: what the judge must give besides the order.
@@ -92,7 +91,7 @@ def trains(loss: type[LossBase]) -> str:
         return "not yet"
     if "probability" in loss.model_fields:
         return "hard"
-    return "yes" if loss.needs_reference else "in a mixture"
+    return "yes"
 
 
 def row(loss: type[LossBase]) -> str:

@@ -142,10 +142,10 @@ class FakeLearner:
         self,
         round_: int,
         pairs: pa.Table,
-        reference_logps: dict[str, np.ndarray],
+        reference_logps: dict[str, np.ndarray] | None,
         start_logps: dict[str, np.ndarray] | None,
     ) -> Iterator[dict[str, float]]:
-        anchor = float(reference_logps["chosen"].mean())
+        anchor = 0.0 if reference_logps is None else float(reference_logps["chosen"].mean())
         for _ in range(2):
             self.skill += float(np.mean(pairs["margin"].to_numpy())) + 0.1 * anchor
             yield {"loss": -self.skill, "pairs": pairs.num_rows / 2, "learning_rate": 1.0}

@@ -226,6 +226,18 @@ def test_a_loss_or_a_mixture_of_them():
     assert parse([{"name": "apo_zero"}, {"name": "sft", "weight": 0.25}]) == [("apo_zero", 1.0), ("sft", 0.25)]
 
 
+def test_losses_without_a_reference_have_none():
+    config = Config.parse(LOSS | {"loss": {"name": "simpo"}})
+    assert config.reference.kind == "none" and not config.measures_kl_to_start
+    assert Config.parse(LOSS | {"loss": {"name": "orpo"}, "learner": {"kl_to_start": True}}).measures_kl_to_start
+    both = Config.parse(LOSS | {"loss": [{"name": "sft"}, {"name": "hinge"}]})
+    assert both.reference.kind == "fixed" and both.measures_kl_to_start
+    with pytest.raises(ConfigError, match=r"reference.kind is fixed, but loss.name: cpo has no use for a reference"):
+        Config.parse(LOSS | {"loss": {"name": "cpo"}, "reference": {"kind": "fixed"}})
+    with pytest.raises(ConfigError, match=r"reference.kind is none, but loss.name: sigmoid needs a reference"):
+        Config.parse(LOSS | {"reference": {"kind": "none"}})
+
+
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
@@ -234,7 +246,6 @@ def test_a_loss_or_a_mixture_of_them():
         ({"beta": 0}, r"^loss.beta: input should be greater than 0"),
         ({"name": "kto"}, r"^loss.name: kto is there as a function .* cannot train with it yet"),
         ({"name": "sppo", "probability": "soft"}, r"^loss.probability: soft is there as a function"),
-        ({"name": "sft"}, r"^loss.name is sft, which has no reference"),
         ([], r"^loss is an empty list"),
         ("sigmoid", r"^loss"),
     ],

@@ -413,3 +413,16 @@ def test_a_mixture_is_the_weighted_sum(model: Path) -> None:
     lengths = pairs["chosen_token_ids"].combine_chunks().value_lengths().to_numpy()
     assert steps[0]["loss"] == pytest.approx(np.log(2) - 0.5 * (reference["chosen"] / lengths).mean(), rel=1e-4)
     assert steps[-1]["chosen_logps"] > steps[0]["chosen_logps"] and steps[-1]["margin"] > 0
+
+
+@pytest.mark.parametrize(
+    "name", sorted(n for n, loss in LOSS_BY_NAME.items() if loss.trains and not loss.needs_reference)
+)
+def test_losses_without_a_reference_train_without_one(model: Path, name: str) -> None:
+    pairs = make_pairs(8)
+    learner = make_learner(model, learner_config(epochs=6), name)
+    steps = list(learner.update(1, pairs, None, None))
+    assert not {"kl_reference", "kl_start"} & steps[0].keys()
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    better = "chosen_logps" if name == "sft" else "margin"
+    assert steps[-1][better] > steps[0][better] + 1e-6

@@ -110,6 +110,19 @@ def test_kl_to_start_costs_no_pass_when_switched_off(tmp_path):
     assert [entry[2] for entry in parts.learner.log if entry[0] == "update"] == [True, False, False]
 
 
+def test_a_loss_without_a_reference_costs_no_pass_and_loads_no_weights(tmp_path):
+    parts = make_parts(make_config(tmp_path, loss={"name": "simpo"}))
+    run_rounds(parts)
+    assert [entry for entry in parts.learner.log if entry[0] == "logps"] == []
+    rows = [json.loads(line) for line in (parts.ledger.round_dir(2) / "metrics.jsonl").open()]
+    assert "kl_reference" not in rows[-1] and "kl_start" not in rows[-1]
+    started = make_parts(make_config(tmp_path / "kl", loss={"name": "simpo"}, learner={"kl_to_start": True}))
+    run_rounds(started)
+    assert [entry[1] for entry in started.learner.log if entry[0] == "logps"] == [0, 0, 0]
+    rows = [json.loads(line) for line in (started.ledger.round_dir(2) / "metrics.jsonl").open()]
+    assert "kl_reference" not in rows[-1] and "kl_start" in rows[-1]
+
+
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_a_run_stopped_anywhere_while_generating_ends_the_same(tmp_path, staleness):
     whole = make_parts(make_config(tmp_path / "whole", loop__max_staleness=staleness))
