@@ -63,8 +63,9 @@ class Config(Section):
     @classmethod
     def _no_reference(cls, data: Any) -> Any:
         """Without a section `reference`, losses that need none get none."""
-        names = [loss.get("name") for loss in _as_list(data.get("loss", {})) if isinstance(loss, dict)]
-        known = [LOSS_BY_NAME[name] for name in names if name in LOSS_BY_NAME]
+        losses = _as_list(data.get("loss", {}))
+        names = [loss["name"] for loss in losses if isinstance(loss, dict)] if isinstance(losses, list) else []
+        known = [loss for name, loss in LOSS_BY_NAME.items() if name in names]
         if known and not any(loss.needs_reference for loss in known) and "reference" not in data:
             return data | {"reference": {"kind": "none"}}
         return data

@@ -198,8 +198,8 @@ class TorchLearner:
 
         loss; accuracy: share of pairs whose chosen response has the higher implicit reward; margin, chosen_reward,
         rejected_reward: implicit rewards beta * log(pi / reference), or beta * log(pi) without a reference (beta: the
-        first loss's that has one, else 1); chosen_logps, rejected_logps: summed over
-        tokens; all means over pairs. kl_reference, kl_start: mean over both responses of every pair of the summed
+        first loss's that has one, else 1); chosen_logps, rejected_logps: summed over tokens; all means over pairs.
+        kl_reference, kl_start, where those logps are given: mean over both responses of every pair of the summed
         log(pi / other), nats a response. That is the k1 estimator of KL(pi, other) only where responses are samples
         of pi itself. Logps here are at temperature 1, while responses are drawn at generator.temperature and
         generator.top_p, from a policy that may be some steps old, and a pair keeps two of a group: where any of

@@ -247,7 +247,10 @@ def test_losses_without_a_reference_have_none():
         ({"name": "kto"}, r"^loss.name: kto is there as a function .* cannot train with it yet"),
         ({"name": "sppo", "probability": "soft"}, r"^loss.probability: soft is there as a function"),
         ([], r"^loss is an empty list"),
-        ("sigmoid", r"^loss"),
+        ("sigmoid", r"^loss: input should be a valid tuple"),
+        (None, r"^loss: input should be a valid tuple"),
+        ({"name": ["sigmoid"]}, r"^loss"),
+        ([{"name": "sigmoid"}, "sft"], r"^loss"),
     ],
 )
 def test_losses_that_cannot_be(loss, words):
