@@ -20,6 +20,8 @@ from online_po.errors import LedgerError
 
 TMP = ".tmp"
 """Suffix of everything not yet whole; such leftovers are deleted when a run is opened."""
+PARALLEL_BYTES = 1 << 23
+"""Hashing less than this takes no longer than starting threads for it."""
 
 
 @contextmanager
@@ -148,11 +150,13 @@ def is_whole(path: Path) -> bool:
 
 
 def sha256(paths: list[Path]) -> list[str]:
-    """Hex digests, hashed in parallel (hashing releases the GIL)."""
+    """Hex digests; of much data, hashed in parallel (hashing releases the GIL)."""
 
     def digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    if sum(path.stat().st_size for path in paths) < PARALLEL_BYTES:
+        return [digest(path) for path in paths]
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(digest, paths))
