@@ -71,6 +71,8 @@ def remove_folder(path: Path) -> None:
 
 def _make_folder(path: Path) -> None:
     """mkdir -p whose result survives a loss of power."""
+    if path.is_dir():
+        return
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in reversed(missing):
