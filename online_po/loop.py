@@ -159,11 +159,8 @@ def _evaluate(parts: Parts, version: int) -> dict[str, Any]:
     config, ledger, heldout = parts.config, parts.ledger, parts.heldout
     assert heldout is not None
     # As many sequences at a time as when sampling, but some chunks for every replica (and the same ones for one).
-    sampled, answered = config.loop.responses_per_prompt, config.eval.responses_per_prompt
-    size = min(
-        config.generator.chunk_prompts * sampled // answered, max(config.generator.chunk_prompts, len(heldout) // 8)
-    )
-    size = max(1, size)
+    chunk, per_prompt = config.generator.chunk_prompts, config.eval.responses_per_prompt
+    size = max(1, min(chunk * config.loop.responses_per_prompt // per_prompt, max(chunk, len(heldout) // 8)))
 
     def chunks() -> Iterator[tuple[int, list[Request]]]:
         for part, begin in enumerate(range(0, len(heldout), size)):
