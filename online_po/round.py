@@ -7,26 +7,23 @@ syncs the generators in between.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from online_po.anchors import make_anchors
 from online_po.config import Config
 from online_po.cursor import PromptCursor
-from online_po.errors import NoPairsError
+from online_po.examples import make_pairs
 from online_po.judging import Judging
-from online_po.ledger import LogpKind
-from online_po.metrics import SampleStats, round_means
-from online_po.pairs import build_pairs
+from online_po.metrics import round_means
 from online_po.parts import Parts
 from online_po.protocols import Learner
 from online_po.seeds import stable_seed
-from online_po.tables import PAIR_SCHEMA, PromptRows, pairs_to_table, prompts_to_table
-from online_po.types import Group, Judgement, Pair, Probe, Prompt, Request
+from online_po.tables import PromptRows, prompts_to_table
+from online_po.types import Group, Probe, Prompt, Request
 
 # -- sampling: prompts, generate, judge ------------------------------------------------------------
 
@@ -105,18 +102,12 @@ def train_round(parts: Parts, round_: int) -> None:
     config, ledger, observer = parts.config, parts.ledger, parts.observer
     reference_round = earlier_reference = ledger.committed(round_ - 1).reference_round
     with observer.phase("pair", round_):
-        pairs, sampled = make_pairs(parts, round_)
+        pairs, sampled = make_pairs(parts, round_, draw_prompts(parts, round_))
     with observer.phase("reference", round_):
-        reference = start = None
-        if config.reference.kind != "none":
-            reference = pair_logps(parts, round_, pairs, "reference", reference_round)
-        if reference is not None and reference_round == 0:
-            start = reference
-        elif config.measures_kl_to_start:
-            start = pair_logps(parts, round_, pairs, "start", 0)
+        anchors = make_anchors(parts, round_, pairs, reference_round)
     steps: list[dict[str, float]] = []
     with observer.phase("learn", round_):
-        for metrics in parts.learner.update(round_, pairs, reference, start):
+        for metrics in parts.learner.update(round_, pairs, anchors.reference, anchors.start):
             steps.append(metrics)
             observer.step(round_, metrics)
     if config.reference.kind == "refresh" and round_ % config.reference.every == 0:
@@ -131,7 +122,7 @@ def train_round(parts: Parts, round_: int) -> None:
             "reference_round": reference_round,
             **sampled,
             **round_means(steps),
-            **sampling_kl(pairs, reference, start),
+            **anchors.sampling_kl(pairs),
             "pairs": pairs.num_rows,
             "chosen_length": mean_length(pairs["chosen_token_ids"]),
             "rejected_length": mean_length(pairs["rejected_token_ids"]),
@@ -148,83 +139,9 @@ def train_round(parts: Parts, round_: int) -> None:
     observer.round(summary)
 
 
-def make_pairs(parts: Parts, round_: int) -> tuple[pa.Table, dict[str, Any]]:
-    """(the round's pairs, metrics of its sampling), read part by part so that memory stays flat."""
-    config, ledger = parts.config, parts.ledger
-    prompts = draw_prompts(parts, round_)
-    size = config.generator.chunk_prompts
-    stats = SampleStats(seed=stable_seed(config.run.seed, "metrics", round_))
-    skips: Counter[str] = Counter()
-    failures: Counter[str] = Counter()
-    version = 0
-    with ledger.pairs_writer(round_, PAIR_SCHEMA) as writer:
-        for part, begin in enumerate(range(0, len(prompts), size)):
-            groups = ledger.responses(round_, part, prompts[begin : begin + size])
-            judgements = ledger.judgements(round_, part)
-            rows: list[tuple[Pair, Judgement]] = []
-            for group, judgement in zip(groups, judgements, strict=True):
-                stats.add(group, judgement)
-                seed = stable_seed(config.run.seed, "pairs", round_, group.prompt.id)
-                built, skip = build_pairs(group, judgement, config.pairs, seed)
-                rows.extend((pair, judgement) for pair in built)
-                if skip is not None:
-                    skips[skip] += 1
-                if judgement.failure is not None:
-                    failures[judgement.failure.kind] += 1
-                version = group.responses[0].policy_version
-            writer.write_table(pairs_to_table(rows))
-    pairs = ledger.pairs(round_)
-    if pairs.num_rows == 0:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in skips.most_common())
-        raise NoPairsError(
-            f"round {round_} gave no pair to train on from {len(prompts)} prompts ({reasons}). Start a new run "
-            "(another run.name) with other settings: for identical and tie, raise generator.temperature or "
-            "loop.responses_per_prompt, or use a judge with finer scores; for below_min_margin, lower "
-            "pairs.min_margin; for judge_failed, see the round's judgements/"
-        )
-    metrics = {"pair_skips": dict(skips), "judge_failures": dict(failures), "policy_version_sampled": version}
-    return pairs, metrics | stats.result()
-
-
-def pair_logps(parts: Parts, round_: int, pairs: pa.Table, kind: LogpKind, version: int) -> dict[str, np.ndarray]:
-    """{"chosen": (N,), "rejected": (N,)} float32: response logps of all pairs under a committed policy, in nats."""
-    stored = parts.ledger.logps(round_, kind)
-    if stored is not None and len(stored["chosen"]) == pairs.num_rows:
-        return stored
-    policy = parts.ledger.policy(version, parts.start)
-    logps = {name: np.full(pairs.num_rows, np.nan, dtype=np.float32) for name in ("chosen", "rejected")}
-    done = 0
-    for batch in parts.learner.logps(pairs, policy):
-        for name, values in logps.items():
-            values[batch["row"]] = batch[name]
-        done += len(batch["row"])
-        parts.observer.progress("reference", done, pairs.num_rows)
-    assert not any(np.isnan(values).any() for values in logps.values()), "the learner left pairs out"
-    parts.ledger.write_logps(round_, kind, logps)
-    return logps
-
-
 def mean_length(token_ids: pa.ChunkedArray) -> float:
     """Mean number of tokens of a column of token ids."""
     return float(pc.mean(pc.list_value_length(token_ids)).as_py())
-
-
-def sampling_kl(
-    pairs: pa.Table, reference: dict[str, np.ndarray] | None, start: dict[str, np.ndarray] | None
-) -> dict[str, float]:
-    """KL of the policy that sampled the round to the reference and to the start, where given, in nats a response.
-
-    The k1 estimator (Schulman 2020, "Approximating KL divergence"): the mean of log(pi / other) over
-    responses drawn from pi, here both responses of every pair. Unlike the metrics of a step, which see
-    the same responses after pi has moved on, these are on-policy. Two biases remain: responses were picked
-    by score, and they were drawn at `generator.temperature` (and top_p and so on), while pi is temperature 1.
-    """
-    sampler = {name: pairs[f"{name}_sampler_logp"].to_numpy() for name in ("chosen", "rejected")}
-    return {
-        key: float(np.mean([(sampler[name] - logps[name]).mean() for name in sampler]))
-        for key, logps in (("kl_reference", reference), ("kl_start", start))
-        if logps is not None
-    }
 
 
 def probe_of(learner: Learner, token_ids: Sequence[int]) -> Probe:

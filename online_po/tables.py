@@ -73,6 +73,23 @@ PAIR_SCHEMA = pa.schema(
     ]
 )
 
+LABEL_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("prompt", MESSAGES),
+        ("completion", MESSAGES),  # the response, under the name that TRL and others read
+        ("label", pa.bool_()),  # desirable or not
+        ("response_score", pa.float64()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("response_token_ids", pa.list_(pa.int32())),
+        ("response_sampler_logp", pa.float64()),
+        ("response_index", pa.int32()),
+        ("response_finish_reason", pa.string()),
+        ("response_rationale", pa.string()),
+        ("policy_version", pa.int32()),
+    ]
+)
+
 LOGP_SCHEMA = pa.schema([("chosen", pa.float32()), ("rejected", pa.float32())])
 
 EVAL_SCHEMA = pa.schema(
