@@ -14,12 +14,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors import cluster
+from online_po.batching import COLUMNS
 from online_po.config import Config
 from online_po.errors import OnlinePOError, first_line
 from online_po.types import Policy
-
-PAIR_COLUMNS = ["prompt_token_ids", "chosen_token_ids", "rejected_token_ids", "chosen_score", "rejected_score"]
-"""All that ranks read of a pair; nothing else is sent."""
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """A rank may wait this long for another, which may be reading or writing weights."""
@@ -130,22 +128,21 @@ class LearnerGroup:
             self.close()
             raise failure from error
 
-    def logps(self, pairs: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
+    def logps(self, examples: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
         """See `online_po.protocols.Learner.logps`."""
-        return self._stream("logps", ray.put(pairs.select(PAIR_COLUMNS)), policy)
+        return self._stream("logps", ray.put(_needed(examples)), policy)
 
     def update(
         self,
         round_: int,
-        pairs: pa.Table,
+        examples: pa.Table,
         reference_logps: dict[str, np.ndarray] | None,
         start_logps: dict[str, np.ndarray] | None,
+        betas: Sequence[float | None] | None = None,
     ) -> Iterator[dict[str, float]]:
         """See `online_po.protocols.Learner.update` and `online_po.learner.TorchLearner.update`."""
-        table, reference, start = (
-            ray.put(value) for value in (pairs.select(PAIR_COLUMNS), reference_logps, start_logps)
-        )
-        return self._stream("update", round_, table, reference, start)
+        table, reference, start = (ray.put(value) for value in (_needed(examples), reference_logps, start_logps))
+        return self._stream("update", round_, table, reference, start, betas)
 
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         """See `online_po.protocols.Learner.token_logps`."""
@@ -218,6 +215,11 @@ class LearnerGroup:
                         failures.append(_original(other))
             self.close()
         return next((failure for failure in failures if isinstance(failure, OnlinePOError)), failures[0])
+
+
+def _needed(examples: pa.Table) -> pa.Table:
+    """All that ranks read of examples; nothing else is sent."""
+    return examples.select([name for name in examples.column_names if name in COLUMNS])
 
 
 def _original(error: RayError) -> Exception:

@@ -12,7 +12,7 @@ from online_po.parts import Parts
 from online_po.types import Policy
 
 SideLogps = dict[str, np.ndarray]
-"""{"chosen": (N,), "rejected": (N,)} float32: logps of the pairs' responses, summed over their tokens, in nats."""
+"""{side: (N,) float32}: logps of the examples' responses, summed over tokens, in nats, see `Learner.logps`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,14 +55,15 @@ def make_anchors(parts: Parts, round_: int, pairs: pa.Table, reference_round: in
 def anchor_logps(parts: Parts, round_: int, pairs: pa.Table, kind: LogpKind, policy: Policy) -> SideLogps:
     """Response logps of all pairs under a policy on disk; what the ledger holds already is kept."""
     stored = parts.ledger.logps(round_, kind)
-    if stored is not None and len(stored["chosen"]) == pairs.num_rows:
+    if stored is not None and all(len(values) == pairs.num_rows for values in stored.values()):
         return stored
-    logps = {name: np.full(pairs.num_rows, np.nan, dtype=np.float32) for name in ("chosen", "rejected")}
+    logps: SideLogps = {}
     done = 0
     for batch in parts.learner.logps(pairs, policy):
-        for name, values in logps.items():
-            values[batch["row"]] = batch[name]
-        done += len(batch["row"])
+        rows = batch.pop("row")
+        for name, values in batch.items():
+            logps.setdefault(name, np.full(pairs.num_rows, np.nan, dtype=np.float32))[rows] = values
+        done += len(rows)
         parts.observer.progress("reference", done, pairs.num_rows)
     assert not any(np.isnan(values).any() for values in logps.values()), "the learner left pairs out"
     parts.ledger.write_logps(round_, kind, logps)

@@ -1,19 +1,38 @@
-"""Which pairs go through the model when, and as which arrays. Pure functions over numpy; no torch.
+"""Which examples go through the model when, and as which arrays. Pure functions over numpy; no torch.
 
-Nothing is dropped, nothing is repeated: a round's last global batch may be smaller. Losses are divided by
-the number of pairs of the global batch, so how it is cut into ranks and micro-batches changes
-nothing but rounding.
+An example is a row that is trained on: a pair (sides chosen and rejected), or a single labelled response (side
+response). Nothing is dropped, nothing is repeated: a round's last global batch may be smaller. Losses are divided by
+the number of examples of the global batch, so how it is cut into ranks and micro-batches changes nothing but rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from online_po.seeds import stable_seed
+
+PAIR_SIDES = ("chosen", "rejected")
+MISMATCHED = "mismatched"
+"""Side of labelled responses: each prompt with a response to another one, as KTO's KL estimate wants it."""
+
+COLUMNS = frozenset(
+    (
+        "prompt_id",
+        "prompt_token_ids",
+        "chosen_token_ids",
+        "rejected_token_ids",
+        "response_token_ids",
+        "chosen_score",
+        "rejected_score",
+        "preference_probability",
+        "label",
+    )
+)
+"""What the learner reads of a table of examples, as far as it is there."""
 
 
 class TokenLists:
@@ -34,20 +53,62 @@ class TokenLists:
         return self._values[self._offsets[row] : self._offsets[row + 1]]
 
 
-class PairTokens:
-    """The token ids and scores of a pair table. Token ids of a row are read when they are asked for."""
+class Examples:
+    """The token ids and labels of a table of pairs or of labelled responses. Token ids are read when asked for."""
 
-    def __init__(self, pairs: pa.Table) -> None:
-        self.prompt = TokenLists(pairs.column("prompt_token_ids"))
-        self.chosen = TokenLists(pairs.column("chosen_token_ids"))
-        self.rejected = TokenLists(pairs.column("rejected_token_ids"))
-        self.widths = self.prompt.lengths + np.maximum(self.chosen.lengths, self.rejected.lengths)
-        """(N,) tokens of the longer of a pair's two sequences."""
-        self.scores = {side: pairs.column(f"{side}_score").to_numpy() for side in ("chosen", "rejected")}
-        """(N,) float64 of the judge's scores."""
+    def __init__(self, table: pa.Table) -> None:
+        present = set(table.column_names)
+        self.sides: tuple[str, ...] = PAIR_SIDES if "chosen_token_ids" in present else ("response",)
+        self.prompt = TokenLists(table.column("prompt_token_ids"))
+        self.responses = {side: TokenLists(table.column(f"{side}_token_ids")) for side in self.sides}
+        self.values = {
+            name: table.column(name).to_numpy()
+            for name in ("chosen_score", "rejected_score", "preference_probability", "label")
+            if name in present
+        }
+        """(N,) arrays of what labels the examples; a missing value is NaN."""
+        self._table = table
+        self._partners: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.widths)
+        return len(self.prompt.lengths)
+
+    @property
+    def partners(self) -> np.ndarray:
+        """(N,) int64: of each row, the next one with another prompt (the first follows the last); itself if none."""
+        if self._partners is None:
+            self._partners = next_with_another(self._table.column("prompt_id").to_numpy(zero_copy_only=False))
+        return self._partners
+
+    def widths(self, sides: Sequence[str]) -> np.ndarray:
+        """(N,) tokens of the longest of an example's sequences."""
+        return self.prompt.lengths + np.max([self.lengths(side) for side in sides], axis=0)
+
+    def lengths(self, side: str) -> np.ndarray:
+        """(N,) response tokens of a side."""
+        if side == MISMATCHED:
+            return self.responses["response"].lengths[self.partners]
+        return self.responses[side].lengths
+
+    def sequence(self, side: str, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """(P,) prompt tokens and (R,) response tokens."""
+        if side == MISMATCHED:
+            return self.prompt[row], self.responses["response"][int(self.partners[row])]
+        return self.prompt[row], self.responses[side][row]
+
+
+def next_with_another(keys: np.ndarray) -> np.ndarray:
+    """(N,) int64: for each place the next one, cyclically, with another key; the place itself where there is none."""
+    count = len(keys)
+    found = np.arange(count)
+    following = -1
+    for place in range(2 * count - 1, -1, -1):  # twice round, backwards: the first row follows the last
+        here, after = place % count, (place + 1) % count
+        if keys[after] != keys[here]:
+            following = after
+        if following >= 0 and place < count:
+            found[here] = following
+    return found
 
 
 def epoch_order(count: int, seed: int, round_: int, epoch: int) -> np.ndarray:
@@ -61,24 +122,26 @@ def global_batches(order: np.ndarray, size: int) -> Iterator[np.ndarray]:
     yield from np.array_split(order, -(-len(order) // size))
 
 
-def rank_plans(rows: np.ndarray, widths: np.ndarray, ranks: int, token_limit: int) -> list[list[np.ndarray]]:
+def rank_plans(
+    rows: np.ndarray, widths: np.ndarray, ranks: int, token_limit: int, sequences: int = 2
+) -> list[list[np.ndarray]]:
     """For each rank, its micro-batches of `rows`: the same number for every rank, some maybe empty.
 
     Rows are sorted by width (longest first) and dealt out like cards, so that ranks have equal work and
-    little padding. `widths` is (N,), of all pairs. A micro-batch holds two sequences a pair, padded to the
-    longest, in at most `token_limit` tokens; a pair that is longer by itself goes alone.
+    little padding. `widths` is (N,), of all examples. A micro-batch holds so many `sequences` an example, padded to
+    the longest, in at most `token_limit` tokens; an example that is longer by itself goes alone.
     """
     ordered = rows[np.argsort(-widths[rows], kind="stable")]
-    plans = [_micro_batches(ordered[rank::ranks], widths, token_limit) for rank in range(ranks)]
+    plans = [_micro_batches(ordered[rank::ranks], widths, token_limit // sequences) for rank in range(ranks)]
     passes = max(len(plan) for plan in plans)
     empty = np.empty(0, dtype=np.int64)
     return [plan + [empty] * (passes - len(plan)) for plan in plans]
 
 
-def _micro_batches(ordered: np.ndarray, widths: np.ndarray, token_limit: int) -> list[np.ndarray]:
+def _micro_batches(ordered: np.ndarray, widths: np.ndarray, width_limit: int) -> list[np.ndarray]:
     batches, begin = [], 0
     while begin < len(ordered):
-        size = max(1, token_limit // (2 * int(widths[ordered[begin]])))
+        size = max(1, width_limit // int(widths[ordered[begin]]))
         batches.append(ordered[begin : begin + size])
         begin += size
     return batches
@@ -86,28 +149,28 @@ def _micro_batches(ordered: np.ndarray, widths: np.ndarray, token_limit: int) ->
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """m pairs as arrays: rows 0 to m-1 are prompt + chosen, rows m to 2m-1 prompt + rejected."""
+    """m examples of k sides as arrays: rows 0 to m-1 are prompt + first side, the next m prompt + second side."""
 
     input_ids: np.ndarray
-    """(2m, T) int64, padded with zeros on the right."""
+    """(km, T) int64, padded with zeros on the right."""
     positions: np.ndarray
-    """(S,) int64: places in the flattened (2m * T,) sequences whose outputs predict response tokens."""
+    """(S,) int64: places in the flattened (km * T,) sequences whose outputs predict response tokens."""
     targets: np.ndarray
     """(S,) int64: those response tokens, row after row."""
-    lengths: list[int]
-    """2m response lengths; they sum to S."""
+    lengths: np.ndarray
+    """(k, m) int64 response lengths; they sum to S, unless the batch is a stand-in."""
 
 
-def collate(tokens: PairTokens, rows: np.ndarray) -> MicroBatch:
-    """The arrays of some pairs. Without rows: one stand-in token, so that a rank that has run out of pairs
+def collate(examples: Examples, rows: np.ndarray, sides: Sequence[str]) -> MicroBatch:
+    """The arrays of some examples. Without rows: one stand-in token, so that a rank that has run out of examples
     can go through the same passes as the others; it has no lengths, so it counts nowhere."""
     if len(rows) == 0:
-        one = np.zeros(1, dtype=np.int64)
-        return MicroBatch(input_ids=np.zeros((1, 2), dtype=np.int64), positions=one, targets=one, lengths=[])
-    width = int(tokens.widths[rows].max())
-    input_ids = np.zeros((2 * len(rows), width), dtype=np.int64)
+        one, none = np.zeros(1, dtype=np.int64), np.empty((len(sides), 0), dtype=np.int64)
+        return MicroBatch(input_ids=np.zeros((1, 2), dtype=np.int64), positions=one, targets=one, lengths=none)
+    sequences = [examples.sequence(side, row) for side in sides for row in rows]
+    width = max(len(prompt) + len(response) for prompt, response in sequences)
+    input_ids = np.zeros((len(sequences), width), dtype=np.int64)
     positions, targets = [], []
-    sequences = [(tokens.prompt[row], side[row]) for side in (tokens.chosen, tokens.rejected) for row in rows]
     for i, (prompt, response) in enumerate(sequences):
         end = len(prompt) + len(response)
         input_ids[i, : len(prompt)] = prompt
@@ -119,5 +182,5 @@ def collate(tokens: PairTokens, rows: np.ndarray) -> MicroBatch:
         input_ids=input_ids,
         positions=np.concatenate(positions),
         targets=np.concatenate(targets).astype(np.int64),
-        lengths=[len(response) for _, response in sequences],
+        lengths=np.array([len(response) for _, response in sequences]).reshape(len(sides), -1),
     )

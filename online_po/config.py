@@ -18,6 +18,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 from online_po.errors import ConfigError
 from online_po.loss_configs import LOSS_BY_NAME, LossName, Sigmoid
 from online_po.sections import (
+    BetaControlConfig,
     EvalConfig,
     GeneratorConfig,
     JudgeConfig,
@@ -54,6 +55,8 @@ class Config(Section):
     pairs: PairsConfig = PairsConfig()  # type: ignore[call-arg]
     loss: Annotated[tuple[LossName, ...], BeforeValidator(_as_list)] = (Sigmoid(),)  # type: ignore[call-arg]
     """One loss, or several of a mixture."""
+    beta_control: BetaControlConfig | None = None
+    """What holds the KL to the reference at a target; null: beta is what the losses say."""
     reference: ReferenceConfig = ReferenceConfig()  # type: ignore[call-arg]
     learner: LearnerConfig = LearnerConfig()  # type: ignore[call-arg]
     eval: EvalConfig = EvalConfig()  # type: ignore[call-arg]
@@ -73,6 +76,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         self._check_loss()
+        self._check_beta_control()
         n = self.loop.responses_per_prompt
         if n < 2:
             raise ValueError(
@@ -133,22 +137,44 @@ class Config(Section):
         """What the learner can train with, of what there is."""
         if not self.loss:
             raise ValueError("loss is an empty list; name a loss, or leave it out for DPO")
+        kinds = {loss.kind: loss.name for loss in self.loss}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"loss holds {kinds['paired']}, which trains on pairs, and {kinds['unpaired']}, which trains on single "
+                "responses; a mixture must be all of one kind"
+            )
         for loss in self.loss:
-            if not loss.trains or loss.needs_probabilities:
-                what = "probability: soft" if loss.needs_probabilities else f"name: {loss.name}"
+            if loss.needs_probabilities:
                 raise ValueError(
-                    f"loss.{what} is there as a function (online_po.losses), but the learner cannot train with it yet; "
-                    "choose another loss of docs/losses.md"
+                    "loss.probability is soft, but the judge gives no preference probabilities; use probability: hard"
                 )
-        needing = [loss.name for loss in self.loss if loss.needs_reference]
+            beta = getattr(loss, "beta", None)
+            if isinstance(beta, tuple) and len(beta) != self.loop.rounds:
+                raise ValueError(
+                    f"loss.beta of {loss.name} is a list of {len(beta)}, but loop.rounds is {self.loop.rounds}; give "
+                    "one for each round"
+                )
+        # What a custom loss reads is known when it is loaded, see online_po.plan.
+        needing = [loss.name for loss in self.loss if loss.needs_reference and loss.name != "custom"]
         if needing and self.reference.kind == "none":
             raise ValueError(
                 f"reference.kind is none, but loss.name: {needing[0]} needs a reference; use fixed or refresh"
             )
-        if not needing and self.reference.kind != "none":
+        if not any(loss.needs_reference for loss in self.loss) and self.reference.kind != "none":
             raise ValueError(
                 f"reference.kind is {self.reference.kind}, but loss.name: {self.loss[0].name} has no use for a "
                 "reference; leave section reference out, or set reference.kind: none"
+            )
+
+    def _check_beta_control(self) -> None:
+        if self.beta_control is None:
+            return
+        if not any(loss.needs_reference and hasattr(loss, "beta") for loss in self.loss):
+            raise ValueError(f"beta_control is set, but loss.name: {self.loss[0].name} has no beta against a reference")
+        if self.reference.kind == "none" or (self.reference.kind == "refresh" and self.reference.every == 1):
+            raise ValueError(
+                f"beta_control is set, but with reference.kind: {self.reference.kind} the KL to the reference is not "
+                "there, or starts from zero every round; use reference.kind: fixed, or drop beta_control"
             )
 
     def _check_types(self) -> None:

@@ -27,6 +27,10 @@ class LedgerError(OnlinePOError):
     """The run folder is missing, in use, damaged, or belongs to another config."""
 
 
+class NonFiniteError(OnlinePOError):
+    """Loss or gradients of a step are not finite; the step was not applied."""
+
+
 class NoPairsError(OnlinePOError):
     """A round produced not a single usable pair."""
 

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,54 +26,75 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from online_po import policy_model
-from online_po.batching import MicroBatch, PairTokens, collate, epoch_order, global_batches, rank_plans
-from online_po.errors import ConfigError, OnlinePOError
+from online_po.batching import (
+    MISMATCHED,
+    PAIR_SIDES,
+    Examples,
+    MicroBatch,
+    collate,
+    epoch_order,
+    global_batches,
+    rank_plans,
+)
+from online_po.errors import ConfigError, NonFiniteError, OnlinePOError
 from online_po.logps import LogpModel, require_known_head
-from online_po.loss_configs import LossBase, reward_beta
-from online_po.losses import LossInputs, pair_losses
+from online_po.loss_configs import LossBase
 from online_po.model_config import load_tokenizer
+from online_po.objective import METRICS, Objective
 from online_po.optimizer import build_optimizer, clip_gradients, optimizer_tensors, read_optimizer, write_optimizer
 from online_po.schedule import learning_rate, run_progress
 from online_po.sections import LearnerConfig, ModelConfig
 from online_po.seeds import stable_seed
 from online_po.types import Policy
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 OPTIMIZER_FILE = "optimizer.safetensors"
-
-# What is summed over pairs, in this order; entropies and the number of response tokens follow.
-PAIR_SUMS = (
-    "loss",
-    "margin",
-    "chosen_reward",
-    "rejected_reward",
-    "chosen_logps",
-    "rejected_logps",
-    "kl_reference",
-    "kl_start",
-    "accuracy",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RoundLogps:
-    """Fixed logps of a round's pairs: {"chosen": (N,), "rejected": (N,)} float32, summed over response tokens."""
+class _Known:
+    """What is fixed during a round's update."""
 
     reference: dict[str, np.ndarray] | None
+    """(N,) float32 logps by side, see `online_po.protocols.Learner.logps`."""
     start: dict[str, np.ndarray] | None
+    betas: list[float | None]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Step:
+    """What is known of an optimizer step's batch before its gradients are."""
+
+    rows: np.ndarray
+    """(n,) rows of the step."""
+    means: dict[str, float]
+    kl: Tensor | None
+    losses: Tensor | None = None
+    """(n,) losses, where they depend on one another; then `gradients` (n,) of their mean in the policy's values."""
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
 class TorchLearner:
     """Implements `online_po.protocols.Learner` for one rank.
 
     Raises ConfigError where the model cannot be loaded or used, or `learner.ranks` is not the size of the
-    process group. `rounds` is the length of the run, for the learning rate.
+    process group. `rounds` is the length of the run, for the learning rate. `skip_nonfinite`: a step whose loss or
+    gradients are not finite is left out; else it raises NonFiniteError. Either way it is never applied.
     """
 
     def __init__(
-        self, model: ModelConfig, learner: LearnerConfig, losses: Sequence[LossBase], *, seed: int, rounds: int
+        self,
+        model: ModelConfig,
+        learner: LearnerConfig,
+        losses: Sequence[LossBase],
+        *,
+        seed: int,
+        rounds: int,
+        skip_nonfinite: bool = False,
     ) -> None:
         self.model_config, self.config, self.losses = model, learner, losses
+        self.objective = Objective(losses)
+        self.skip_nonfinite = skip_nonfinite
         self.seed, self.rounds = seed, rounds
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -138,40 +159,75 @@ class TorchLearner:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
-    def _score(self, batch: MicroBatch, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """((2m,) summed response logps, (S,) token logps, (S,) entropies or (0,)), float32."""
+    def _score(
+        self, batch: MicroBatch, with_entropy: bool = False, with_collision: bool = False
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """([k * m] (R,) logps of each response's tokens, (S,) entropies, (S,) log collisions), float32; the latter two
+        are empty (0,) unless asked for."""
         arrays = (batch.input_ids, batch.positions, batch.targets)
         ids, positions, targets = (torch.from_numpy(array).to(self.device) for array in arrays)
         with self._autocast():
-            token_logps, entropies = self.scorer(ids, positions, targets, with_entropy)
-        sums = [part.sum() for part in token_logps.split(batch.lengths)] if batch.lengths else []
-        return torch.stack(sums) if sums else token_logps.new_zeros(0), token_logps, entropies
+            token_logps, entropies, collisions = self.scorer(ids, positions, targets, with_entropy, with_collision)
+        if batch.lengths.size == 0:  # a stand-in: what it says counts nowhere
+            return [token_logps * 0.0], entropies[:0], collisions[:0]
+        return list(token_logps.split(batch.lengths.flatten().tolist())), entropies, collisions
 
-    def logps(self, pairs: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
-        """See `online_po.protocols.Learner.logps`. Batches come longest pairs first, the same on every rank."""
-        tokens = PairTokens(pairs)
-        plans = rank_plans(np.arange(len(tokens)), tokens.widths, self.ranks, self.config.micro_batch_tokens)
+    def _side_logps(self, batch: MicroBatch, token_logps: list[Tensor], sides: Sequence[str]) -> dict[str, Tensor]:
+        """{side: (m,)} summed logps, and {side_prefix: (m,)} of the tokens up to the shorter response's length."""
+        m = batch.lengths.shape[1]
+        found = {}
+        for i, side in enumerate(sides):
+            mine = token_logps[i * m : (i + 1) * m]
+            found[side] = torch.stack([part.sum() for part in mine])
+            if self.objective.with_prefix and side in PAIR_SIDES:
+                ends = batch.lengths.min(axis=0).tolist()
+                found[f"{side}_prefix"] = torch.stack([p[:end].sum() for p, end in zip(mine, ends, strict=True)])
+        return found
+
+    def logps(self, examples: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
+        """See `online_po.protocols.Learner.logps`. Batches come longest examples first, the same on every rank."""
+        tokens = Examples(examples)
+        sides = list(tokens.sides)
+        if self.objective.with_kl and not self.objective.paired:
+            sides.append(MISMATCHED)
         with self._holding(policy):
-            for shares in zip(*plans, strict=True):
-                rows = np.concatenate(shares)
-                mine = shares[self.rank]
-                before = sum(len(share) for share in shares[: self.rank])
-                with torch.no_grad():
-                    sums, _, _ = self._score(collate(tokens, mine), with_entropy=False)
-                    found = torch.zeros(2, len(rows), device=self.device)
-                    found[:, before : before + len(mine)] = sums.view(2, -1)
-                    self._sum_over_ranks(found)
-                chosen, rejected = found.cpu().numpy()
-                yield {"row": rows, "chosen": chosen, "rejected": rejected}
+            yield from self._fixed_logps(tokens, np.arange(len(tokens)), sides)
+
+    @torch.no_grad()
+    def _fixed_logps(
+        self, tokens: Examples, rows: np.ndarray, sides: Sequence[str], with_weights: bool = False
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """{"row": (m,), side: (m,) float32, ...} of some rows under the weights that the model has, without a
+        gradient, the same on every rank. `with_weights`: also {side_weight: (m,)} as WPO weighs responses."""
+        names = [*sides, *(f"{side}_prefix" for side in sides if self.objective.with_prefix and side in PAIR_SIDES)]
+        names += [f"{side}_weight" for side in sides if with_weights]
+        limit = self.config.micro_batch_tokens
+        plans = rank_plans(rows, tokens.widths(sides), self.ranks, limit, len(sides))
+        for shares in zip(*plans, strict=True):
+            mine = shares[self.rank]
+            before = sum(len(share) for share in shares[: self.rank])
+            found = torch.zeros(len(names), sum(map(len, shares)), device=self.device)
+            batch = collate(tokens, mine, sides)
+            token_logps, _, collisions = self._score(batch, with_collision=with_weights)
+            if len(mine):
+                scored = self._side_logps(batch, token_logps, sides)
+                if with_weights:
+                    scored |= _weights(batch, token_logps, collisions, sides)
+                found[:, before : before + len(mine)] = torch.stack([scored[name] for name in names])
+            self._sum_over_ranks(found)
+            yield {"row": np.concatenate(shares)} | dict(zip(names, found.cpu().numpy(), strict=True))
 
     @torch.no_grad()
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         """(T,) token ids -> (T - 1,) logps in nats of token_ids[1:] under the current weights."""
         ids = np.asarray(token_ids, dtype=np.int64)
         batch = MicroBatch(
-            input_ids=ids[None], positions=np.arange(len(ids) - 1), targets=ids[1:], lengths=[len(ids) - 1]
+            input_ids=ids[None],
+            positions=np.arange(len(ids) - 1),
+            targets=ids[1:],
+            lengths=np.array([[len(ids) - 1]]),
         )
-        _, token_logps, _ = self._score(batch, with_entropy=False)
+        (token_logps,), _, _ = self._score(batch)
         self._reshard()
         return token_logps.tolist()
 
@@ -190,27 +246,35 @@ class TorchLearner:
     def update(
         self,
         round_: int,
-        pairs: pa.Table,
+        examples: pa.Table,
         reference_logps: dict[str, np.ndarray] | None,
         start_logps: dict[str, np.ndarray] | None,
+        betas: Sequence[float | None] | None = None,
     ) -> Iterator[dict[str, float]]:
         """See `online_po.protocols.Learner.update`. Metrics of a step, over all ranks, padding never counted:
 
         loss; accuracy: share of pairs whose chosen response has the higher implicit reward; margin, chosen_reward,
         rejected_reward: implicit rewards beta * log(pi / reference), or beta * log(pi) without a reference (beta: the
-        first loss's that has one, else 1); chosen_logps, rejected_logps: summed over tokens; all means over pairs.
+        first loss's that has one, else 1); chosen_logps, rejected_logps: summed over tokens; all means over pairs. Of
+        labelled responses: the same over desirable (chosen) and undesirable (rejected) ones, and accuracy is the share
+        whose reward is above zero exactly if desirable.
         kl_reference, kl_start, where those logps are given: mean over both responses of every pair of the summed
         log(pi / other), nats a response. That is the k1 estimator of KL(pi, other) only where responses are samples
         of pi itself. Logps here are at temperature 1, while responses are drawn at generator.temperature and
         generator.top_p, from a policy that may be some steps old, and a pair keeps two of a group: where any of
         these matters, the figure is biased as an estimate of KL and may be negative; read it as drift on the pairs.
-        entropy: mean over response tokens, nats. grad_norm: before clipping. learning_rate. pairs, tokens: pairs
-        and response tokens of the step. seconds.
+        kto_kl: KTO's estimate, where a loss reads it. entropy: mean over response tokens, nats. grad_norm: before
+        clipping. learning_rate. pairs or labels: examples of the step; tokens: their response tokens. seconds.
 
-        Raises OnlinePOError, with the step not applied, where loss or gradients are not finite.
+        Raises NonFiniteError, with the step not applied, where loss or gradients are not finite; with `skip_nonfinite`
+        the step is left out instead, and its metrics say skipped: 1.
         """
-        tokens = PairTokens(pairs)
-        known = RoundLogps(reference=reference_logps, start=start_logps)
+        tokens = Examples(examples)
+        known = _Known(
+            reference=reference_logps,
+            start=start_logps,
+            betas=list(betas) if betas is not None else [None] * len(self.losses),
+        )
         steps = self.config.epochs * math.ceil(len(tokens) / self.config.global_batch_size)
         step = 0
         self.version = None
@@ -227,83 +291,114 @@ class TorchLearner:
                 yield metrics | {"learning_rate": rate}
                 step += 1
 
-    def _step(self, tokens: PairTokens, rows: np.ndarray, known: RoundLogps, where: str) -> dict[str, float]:
+    def _step(self, tokens: Examples, rows: np.ndarray, known: _Known, where: str) -> dict[str, float]:
         began = time.perf_counter()
-        plan = rank_plans(rows, tokens.widths, self.ranks, self.config.micro_batch_tokens)[self.rank]
-        sums = torch.zeros(len(PAIR_SUMS) + 2, dtype=torch.float64, device=self.device)
-        for share in plan:
-            sums += self._accumulate(tokens, share, known, pairs_in_step=len(rows))
+        step = self._prepare(tokens, rows, known)
+        sums = torch.zeros(len(METRICS) + 1, 2, dtype=torch.float64, device=self.device)
+        widths = tokens.widths(tokens.sides)
+        limit = self.config.micro_batch_tokens
+        for share in rank_plans(rows, widths, self.ranks, limit, len(tokens.sides))[self.rank]:
+            sums += self._accumulate(tokens, share, known, step)
         self._sum_over_ranks(sums)
-        *pair_sums, entropy, response_tokens = sums.tolist()
-        metrics = {name: value / len(rows) for name, value in zip(PAIR_SUMS, pair_sums, strict=True)}
-        for name, logps in (("kl_reference", known.reference), ("kl_start", known.start)):
-            if logps is None:
-                del metrics[name]
+        metrics = self.objective.metrics(sums[:-1])
+        if step.kl is not None:
+            metrics["kto_kl"] = step.kl.item()
+        entropy, response_tokens = sums[-1].tolist()
         metrics["entropy"] = entropy / max(1.0, response_tokens)
         metrics["grad_norm"] = clip_gradients(list(self._trained().values()), self.config.max_grad_norm)
-        self._require_finite(metrics, where)
-        self.optimizer.step()
+        counts = {"pairs" if self.objective.paired else "labels": float(len(rows)), "tokens": response_tokens}
+        if all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
+            self.optimizer.step()
+            self.objective.means = step.means
+        elif self.skip_nonfinite:
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)} | {"skipped": 1.0}
+        else:
+            self.optimizer.zero_grad()
+            raise NonFiniteError(_say_nonfinite(metrics, where))
         self.optimizer.zero_grad()
-        counts = {"pairs": float(len(rows)), "tokens": response_tokens}
         return metrics | counts | {"seconds": time.perf_counter() - began}
 
-    def _accumulate(self, tokens: PairTokens, rows: np.ndarray, known: RoundLogps, pairs_in_step: int) -> Tensor:
-        """Forward and backward of one micro-batch; returns float64 sums: PAIR_SUMS, entropies, response tokens."""
-        batch = collate(tokens, rows)
-        sums, token_logps, entropies = self._score(batch, with_entropy=True)
-        if len(rows) == 0:
-            (token_logps.sum() * 0.0).backward()
-            return torch.zeros(len(PAIR_SUMS) + 2, dtype=torch.float64, device=self.device)
-        chosen, rejected = sums.view(2, -1)  # (m,) each
-        reference = None if known.reference is None else self._known(known.reference, rows)
-        lengths = torch.tensor(batch.lengths, dtype=torch.float32, device=self.device).view(2, -1)
-        scores = self._known(tokens.scores, rows)
-        inputs = LossInputs(
-            chosen_logps=chosen,
-            rejected_logps=rejected,
-            reference_chosen_logps=None if reference is None else reference[0],
-            reference_rejected_logps=None if reference is None else reference[1],
-            chosen_lengths=lengths[0],
-            rejected_lengths=lengths[1],
-            chosen_scores=scores[0],
-            rejected_scores=scores[1],
-        )
-        losses = pair_losses(self.losses, inputs)
-        (losses.sum() / pairs_in_step).backward()
-        with torch.no_grad():
-            logps = torch.stack([chosen, rejected]).double()  # (2, m)
-            start = torch.zeros_like(logps) if known.start is None else self._known(known.start, rows).double()
-            anchor = torch.zeros_like(logps) if reference is None else reference.double()
-            rewards = reward_beta(self.losses) * (logps - anchor)
-            columns = {
-                "loss": losses,
-                "margin": rewards[0] - rewards[1],
-                "chosen_reward": rewards[0],
-                "rejected_reward": rewards[1],
-                "chosen_logps": logps[0],
-                "rejected_logps": logps[1],
-                "kl_reference": (logps - anchor).mean(0),
-                "kl_start": (logps - start).mean(0),
-                "accuracy": rewards[0] > rewards[1],
+    def _prepare(self, tokens: Examples, rows: np.ndarray, known: _Known) -> _Step:
+        """What must be known of a whole step before its gradients: KTO's KL, running means, and, where the loss of an
+        example depends on the others, the gradients of the step's loss in every log-probability."""
+        objective = self.objective
+        step = _Step(rows=rows, means=objective.means, kl=None)
+        if objective.with_kl:
+            assert known.reference is not None, "losses that read the KL have a reference"
+            with_partner = rows[tokens.partners[rows] != rows]
+            found = self._collect(tokens, with_partner, [MISMATCHED])
+            reference = self._tensor(known.reference[MISMATCHED][with_partner])
+            step.kl = objective.kl(found[MISMATCHED], reference)
+        if objective.whole_batch:
+            found = self._collect(tokens, rows, tokens.sides, objective.with_weights)
+            leaves = {_field(name): value.requires_grad_() for name, value in found.items()}
+            values = leaves | self._fixed_values(tokens, rows, known)
+            step.means = objective.moved_means(values)
+            step.losses = objective(values, known.betas, step.means, step.kl)
+            gradients = torch.autograd.grad(step.losses.sum() / len(rows), list(leaves.values()), allow_unused=True)
+            step.gradients = {
+                name: torch.zeros_like(leaf) if gradient is None else gradient
+                for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
             }
-            totals = [columns[name].double().sum() for name in PAIR_SUMS]
-            count = torch.tensor(float(len(batch.targets)), dtype=torch.float64, device=self.device)
-            return torch.stack([*totals, entropies.double().sum(), count])
+        return step
 
-    def _known(self, values: dict[str, np.ndarray], rows: np.ndarray) -> Tensor:
-        """(2, m) float32 of what is fixed for a pair, of chosen and rejected."""
-        return torch.from_numpy(np.stack([values["chosen"][rows], values["rejected"][rows]])).float().to(self.device)
+    def _collect(
+        self, tokens: Examples, rows: np.ndarray, sides: Sequence[str], with_weights: bool = False
+    ) -> dict[str, Tensor]:
+        """What `_fixed_logps` gives of `rows`, whole and in their order: {side: (n,)}."""
+        batches = list(self._fixed_logps(tokens, rows, sides, with_weights))
+        self._reshard()
+        if not batches:
+            return {side: self._tensor(np.empty(0)) for side in sides}
+        whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        order = _places(whole.pop("row"), rows)
+        return {name: self._tensor(values[order]) for name, values in whole.items()}
 
-    def _require_finite(self, metrics: dict[str, float], where: str) -> None:
-        bad = {name: metrics[name] for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])}
-        if bad:
-            self.optimizer.zero_grad()
-            seen = ", ".join(f"{name} is {value}" for name, value in bad.items())
-            raise OnlinePOError(
-                f"{where}: {seen} (mean logps: chosen {metrics['chosen_logps']:.4g}, rejected "
-                f"{metrics['rejected_logps']:.4g}); the step was not applied. Lower learner.learning_rate or "
-                "learner.max_grad_norm, raise learner.warmup_ratio, or use learner.compute_dtype: float32"
-            )
+    def _accumulate(self, tokens: Examples, rows: np.ndarray, known: _Known, step: _Step) -> Tensor:
+        """Forward and backward of one micro-batch; returns float64 (len(METRICS) + 1, 2) sums and counts: the
+        objective's, then entropies over response tokens."""
+        batch = collate(tokens, rows, tokens.sides)
+        token_logps, entropies, collisions = self._score(batch, True, self.objective.with_weights)
+        if len(rows) == 0:
+            token_logps[0].sum().backward()
+            return torch.zeros(len(METRICS) + 1, 2, dtype=torch.float64, device=self.device)
+        policy = {_field(name): value for name, value in self._side_logps(batch, token_logps, tokens.sides).items()}
+        fixed = self._fixed_values(tokens, rows, known)
+        if self.objective.with_weights:
+            weights = _weights(batch, token_logps, collisions, tokens.sides)
+            fixed |= {_field(name): value for name, value in weights.items()}
+        values = policy | fixed
+        if step.losses is None:
+            losses = self.objective(values, known.betas, step.means, step.kl)
+            (losses.sum() / len(step.rows)).backward()
+        else:
+            places = torch.from_numpy(_places(step.rows, rows)).to(self.device)
+            losses = step.losses[places]
+            slopes = [(value * step.gradients[name][places]).sum() for name, value in policy.items()]
+            torch.stack(slopes).sum().backward()
+        start = {}
+        if known.start is not None:
+            start = {_field(side): self._tensor(known.start[side][rows]) for side in tokens.sides}
+        entropy = torch.stack([entropies.double().sum(), entropies.new_tensor(len(entropies)).double()])
+        return torch.cat([self.objective.sums(losses.detach(), values, start, known.betas), entropy[None]])
+
+    def _fixed_values(self, tokens: Examples, rows: np.ndarray, known: _Known) -> dict[str, Tensor]:
+        """What losses read of some rows besides the policy's log-probabilities, by the fields of their inputs."""
+        found = {}
+        for name, values in (known.reference or {}).items():
+            if name != MISMATCHED:
+                found[f"reference_{_field(name)}"] = self._tensor(values[rows])
+        if not self.objective.paired:
+            return found | {"desirable": torch.from_numpy(tokens.values["label"][rows].astype(bool)).to(self.device)}
+        for side in tokens.sides:
+            found[f"{side}_lengths"] = self._tensor(tokens.lengths(side)[rows])
+            found[f"{side}_scores"] = self._tensor(tokens.values[f"{side}_score"][rows])
+        if "preference_probabilities" in self.objective.names:
+            found["preference_probabilities"] = self._tensor(tokens.values["preference_probability"][rows])
+        return found
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).float().to(self.device)
 
     # -- weights -----------------------------------------------------------------------------------
 
@@ -361,7 +456,12 @@ class TorchLearner:
         if self.rank == 0:
             trainer_dir.mkdir(parents=True, exist_ok=True)
             write_optimizer(trainer_dir / OPTIMIZER_FILE, moments)
-            state = {"format": STATE_VERSION, "version": round_, "torch": torch.__version__}
+            state = {
+                "format": STATE_VERSION,
+                "version": round_,
+                "torch": torch.__version__,
+                "means": self.objective.means,
+            }
             (trainer_dir / "trainer.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         self._barrier()
         self.version = round_
@@ -376,8 +476,40 @@ class TorchLearner:
             )
         self._take(policy)
         read_optimizer(trainer_dir / OPTIMIZER_FILE, self.optimizer, self._trained())
+        self.objective.means = state["means"]
         self.version = policy.version
 
     def _barrier(self) -> None:
         if self.ranks > 1:
             dist.barrier()
+
+
+def _field(side: str) -> str:
+    """The name that a side's summed logps (or its prefix's) have among a loss's inputs."""
+    return "logps" if side == "response" else f"{side}_logps"
+
+
+def _places(rows: np.ndarray, some: np.ndarray) -> np.ndarray:
+    """(m,) places of `some` rows among `rows`, each there once."""
+    order = np.argsort(rows)
+    return order[np.searchsorted(rows, some, sorter=order)]
+
+
+@torch.no_grad()
+def _weights(
+    batch: MicroBatch, token_logps: list[Tensor], collisions: Tensor, sides: Sequence[str]
+) -> dict[str, Tensor]:
+    """{side_weight: (m,)} mean over a response's tokens of log p - log sum_v p_v^2, as WPO weighs it."""
+    m = batch.lengths.shape[1]
+    parts = collisions.split(batch.lengths.flatten().tolist())
+    means = [(logps - collision).mean() for logps, collision in zip(token_logps, parts, strict=True)]
+    return {f"{side}_weight": torch.stack(means[i * m : (i + 1) * m]) for i, side in enumerate(sides)}
+
+
+def _say_nonfinite(metrics: dict[str, float], where: str) -> str:
+    seen = ", ".join(f"{name} is {metrics[name]}" for name in ("loss", "grad_norm") if not math.isfinite(metrics[name]))
+    logps = ", ".join(f"{side} {metrics[key]:.4g}" for side in PAIR_SIDES if (key := f"{side}_logps") in metrics)
+    return (
+        f"{where}: {seen} (mean logps: {logps}); the step was not applied. Lower learner.learning_rate or "
+        "learner.max_grad_norm, raise learner.warmup_ratio, or use learner.compute_dtype: float32"
+    )

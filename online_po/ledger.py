@@ -26,7 +26,6 @@ from online_po import files
 from online_po.config import Config
 from online_po.errors import ConfigError, LedgerError, first_line
 from online_po.tables import (
-    LOGP_SCHEMA,
     PROMPT_SCHEMA,
     PromptRows,
     judgements_to_table,
@@ -50,6 +49,8 @@ class Commit:
     """True where the round's policy folder is a LoRA adapter."""
     reference_round: int
     """The policy version that is the reference of the NEXT round; decided before the commit."""
+    beta_scale: float
+    """What the controller multiplies the betas of the NEXT round with; 1 without one."""
     probe: Probe
     """The committed policy's own word on a fixed token sequence; generators are held to it."""
     files: dict[str, dict[str, Any]]
@@ -216,7 +217,9 @@ class Ledger:
             )
         return commit
 
-    def commit(self, round_: int, *, is_adapter: bool, reference_round: int, probe: Probe) -> Commit:
+    def commit(
+        self, round_: int, *, is_adapter: bool, reference_round: int, probe: Probe, beta_scale: float = 1.0
+    ) -> Commit:
         """Makes the round durable: hashes its files and writes COMMIT.json last."""
         folder = self.round_dir(round_)
         folder.mkdir(parents=True, exist_ok=True)
@@ -227,7 +230,12 @@ class Ledger:
             for path, digest in zip(paths, files.sha256(paths), strict=True)
         }
         commit = Commit(
-            round=round_, is_adapter=is_adapter, reference_round=reference_round, probe=probe, files=listing
+            round=round_,
+            is_adapter=is_adapter,
+            reference_round=reference_round,
+            beta_scale=beta_scale,
+            probe=probe,
+            files=listing,
         )
         record = {"schema_version": SCHEMA_VERSION, **asdict(commit)}
         files.write_json(folder / "COMMIT.json", record)
@@ -357,16 +365,15 @@ class Ledger:
         return (self.round_dir(round_) / "pairs.parquet").exists()
 
     def write_logps(self, round_: int, kind: LogpKind, logps: dict[str, Any]) -> None:
-        table = pa.table({name: logps[name] for name in LOGP_SCHEMA.names}, schema=LOGP_SCHEMA)
-        files.write_parquet(self.round_dir(round_) / f"{kind}_logps.parquet", table)
+        files.write_parquet(self.round_dir(round_) / f"{kind}_logps.parquet", pa.table(logps))
 
     def logps(self, round_: int, kind: LogpKind) -> dict[str, Any] | None:
-        """{"chosen": (N,), "rejected": (N,)} float32, one row a pair; None if not computed yet."""
+        """{side: (N,) float32}, one row an example; None if not computed yet."""
         path = self.round_dir(round_) / f"{kind}_logps.parquet"
         if not path.exists():
             return None
         table = self._read(path)
-        return {name: table[name].to_numpy() for name in LOGP_SCHEMA.names}
+        return {name: table[name].to_numpy() for name in table.column_names}
 
     def write_metrics(self, round_: int, rows: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

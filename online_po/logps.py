@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,24 @@ from online_po.errors import ConfigError
 
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
 """Float32 logits that may exist at once: 64 MiB on a CPU, where larger ones cost page faults; 512 MiB on a GPU."""
+
+
+@dataclass(slots=True)
+class TokenStatistics:
+    """What else is to be said of the distributions that tokens were drawn from, chunk by chunk, without a gradient."""
+
+    entropies: list[Tensor] | None = None
+    """Chunks of float32 entropies in nats; None: not wanted."""
+    log_collisions: list[Tensor] | None = None
+    """Chunks of float32 log sum_v p_v^2, the log-probability that two draws agree; None: not wanted."""
+
+    @torch.no_grad()
+    def add(self, logps: Tensor) -> None:
+        """`logps` (C, V)."""
+        if self.entropies is not None:
+            self.entropies.append(-(logps.exp() * logps).sum(-1))
+        if self.log_collisions is not None:
+            self.log_collisions.append((2 * logps).logsumexp(-1))
 
 
 class LogpModel(nn.Module):
@@ -33,13 +52,19 @@ class LogpModel(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, targets: Tensor, with_entropy: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        with_entropy: bool = False,
+        with_collision: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`input_ids` (B, T), padded on the right; `positions` (S,) places in the flattened (B * T,) sequences;
         `targets` (S,) the tokens that follow those places.
 
-        Returns (S,) float32 logps of the targets and (S,) float32 entropies of the distributions they were drawn
-        from, both in nats; entropies carry no gradient, and are empty (0,) unless asked for.
+        Returns (S,) float32 logps of the targets, and of the distributions they were drawn from (S,) float32
+        entropies and log sum_v p_v^2, all in nats; the latter two carry no gradient, and are empty (0,) unless asked
+        for.
         """
         # No attention mask: attention is causal and padding is on the right, so no real token sees padding,
         # and without a mask sdpa takes its fast causal path. Position ids default to 0..T-1.
@@ -47,24 +72,26 @@ class LogpModel(nn.Module):
         hidden = hidden.flatten(0, 1).index_select(0, positions)  # (S, D)
         chunk = max(1, CHUNK_LOGITS[hidden.device.type] // self.model.config.get_text_config().vocab_size)
         weights = float32_weights(self.model.get_output_embeddings())
-        entropies: list[Tensor] = []
+        statistics = TokenStatistics([] if with_entropy else None, [] if with_collision else None)
         logps = [
-            checkpoint(self._chunk_logps, h, t, weights, entropies if with_entropy else None, use_reentrant=False)
+            checkpoint(self._chunk_logps, h, t, weights, statistics, use_reentrant=False)
             for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
         ]
-        return torch.cat(logps), torch.cat(entropies) if with_entropy else targets.new_empty(0, dtype=torch.float32)
+        none = targets.new_empty(0, dtype=torch.float32)
+        entropies, collisions = (
+            torch.cat(chunks) if chunks else none for chunks in (statistics.entropies, statistics.log_collisions)
+        )
+        return torch.cat(logps), entropies, collisions
 
     def _chunk_logps(
-        self, hidden: Tensor, targets: Tensor, weights: Mapping[str, Tensor], entropies: list[Tensor] | None
+        self, hidden: Tensor, targets: Tensor, weights: Mapping[str, Tensor], statistics: TokenStatistics
     ) -> Tensor:
-        """(C, D), (C,) -> (C,) logps; puts (C,) entropies into the list."""
+        """(C, D), (C,) -> (C,) logps; adds to the statistics."""
         logps = torch.log_softmax(logits_of(self.model, hidden, weights), dim=-1)  # (C, V) float32
         chosen = logps.gather(1, targets[:, None]).squeeze(1)
-        # Backward's recomputation stops at the last tensor it needs, which lies before this: entropies are
+        # Backward's recomputation stops at the last tensor it needs, which lies before this: statistics are
         # computed once.
-        if entropies is not None:
-            with torch.no_grad():
-                entropies.append(-(logps.exp() * logps).sum(-1))
+        statistics.add(logps)
         return chosen
 
 
@@ -107,7 +134,7 @@ def require_known_head(model: PreTrainedModel, name: str) -> None:
     with _attention_of_any_device(model):
         with _own_forward_in_float32(model):
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        found, _ = LogpModel(model)(ids, torch.arange(8, device=model.device), ids[0, 1:])
+        found, _, _ = LogpModel(model)(ids, torch.arange(8, device=model.device), ids[0, 1:])
     expected = torch.log_softmax(logits, dim=-1).gather(1, ids[0, 1:, None]).squeeze(1)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     error = (found - expected).abs().max().item()

@@ -10,15 +10,31 @@ response tokens unless divided by a length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, Union, get_args
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from online_po.sections import Section
 
 BETA = "Higher keeps the policy closer to the reference; lower lets it drift further."
 REFERENCE_FREE_BETA = "Scale of the policy's own log-probabilities; there is no reference to stay close to."
+
+
+def _read_beta(beta: Any) -> float | tuple[float, ...]:
+    listed = isinstance(beta, (list, tuple))
+    try:
+        betas = tuple(float(value) for value in (beta if listed else (beta,)))
+    except (TypeError, ValueError):
+        betas = ()
+    if not betas or not all(0 < value < math.inf for value in betas):
+        raise ValueError(f"must be a number greater than 0, or a list of such, one for each round (got {beta!r})")
+    return betas if listed else betas[0]
+
+
+Beta = Annotated[float | tuple[float, ...], BeforeValidator(_read_beta)]
+"""One for the whole run, or one for each round."""
 
 
 class LossBase(Section):
@@ -31,9 +47,7 @@ class LossBase(Section):
     needs_scores: ClassVar[bool] = False
     """Whether the formula holds the judge's scores."""
     batchwise: ClassVar[bool] = False
-    """Whether the loss of a pair depends on the other pairs that are handed in with it."""
-    trains: ClassVar[bool] = True
-    """Whether the learner gives the function all it needs. False: the function is there, the learner's part is not."""
+    """Whether the loss of an example depends on the others that are handed in with it: those of an optimizer step."""
     formula: ClassVar[str]
     paper: ClassVar[str]
     use_when: ClassVar[str]
@@ -50,7 +64,7 @@ class LossBase(Section):
 class BetaLoss(LossBase):
     """A loss with a beta against the reference."""
 
-    beta: float = Field(0.1, gt=0, description=BETA)
+    beta: Beta = Field(0.1, description=BETA)
 
 
 class Sigmoid(BetaLoss):
@@ -139,7 +153,6 @@ class NcaPair(BetaLoss):
 class BcoPair(BetaLoss):
     """Binary classifier optimization on pairs."""
 
-    trains: ClassVar[bool] = False
     batchwise: ClassVar[bool] = True
     formula: ClassVar[str] = "-log s(beta (a - d)) - log s(-beta (b - d)), d the running mean of a and b"
     paper: ClassVar[str] = "Jung et al. 2024, Binary Classifier Optimization (arXiv 2404.04656)"
@@ -156,7 +169,7 @@ class Sppo(BetaLoss):
     use_when: ClassVar[str] = "The reference is the policy that sampled (refreshed every round)."
 
     name: Literal["sppo"] = "sppo"
-    beta: float = Field(0.001, gt=0, description=BETA)
+    beta: Beta = Field(0.001, description=BETA)
     probability: Literal["hard", "soft"] = Field(
         "hard", description="p: 1 (hard), or the judge's probability that chosen beats rejected (soft)."
     )
@@ -169,7 +182,6 @@ class Sppo(BetaLoss):
 class Aot(BetaLoss):
     """Alignment via optimal transport, paired."""
 
-    trains: ClassVar[bool] = False
     batchwise: ClassVar[bool] = True
     formula: ClassVar[str] = (
         "-log s(beta (u[k] - v[k])): u, v the batch's margins under policy and reference, each sorted"
@@ -183,7 +195,6 @@ class Aot(BetaLoss):
 class AotUnpaired(BetaLoss):
     """Alignment via optimal transport, the pairing undone."""
 
-    trains: ClassVar[bool] = False
     batchwise: ClassVar[bool] = True
     formula: ClassVar[str] = "-log s(beta (a[k] - b[k])): a and b of the batch, each sorted"
     paper: ClassVar[str] = "Melnyk et al. 2024, Distributional Preference Alignment (arXiv 2406.05882), section 3"
@@ -222,7 +233,7 @@ class Discopop(BetaLoss):
     use_when: ClassVar[str] = "Doubtful pairs are to be left alone: it has a local minimum just below margin 0."
 
     name: Literal["discopop"] = "discopop"
-    beta: float = Field(0.05, gt=0, description=BETA)
+    beta: Beta = Field(0.05, description=BETA)
     tau: float = Field(0.05, gt=0, le=1, description="Temperature of the blend of logistic and exponential loss.")
 
 
@@ -234,13 +245,12 @@ class LnDpo(BetaLoss):
     use_when: ClassVar[str] = "Responses grow longer round by round; beta counts per token, so take about 5."
 
     name: Literal["ln_dpo"] = "ln_dpo"
-    beta: float = Field(5.0, gt=0, description=BETA)
+    beta: Beta = Field(5.0, description=BETA)
 
 
 class LdDpo(BetaLoss):
     """Length-desensitised DPO."""
 
-    trains: ClassVar[bool] = False
     formula: ClassVar[str] = (
         "-log s(beta m'), every logp replaced by prefix + alpha (whole - prefix), prefix: first min(|c|, |r|) tokens"
     )
@@ -270,7 +280,7 @@ class Dpop(BetaLoss):
     use_when: ClassVar[str] = "Chosen and rejected differ little, and DPO would push both down."
 
     name: Literal["dpop"] = "dpop"
-    beta: float = Field(0.3, gt=0, description=BETA)
+    beta: Beta = Field(0.3, description=BETA)
     penalty: float = Field(50.0, ge=0, description="Price of a chosen log-probability below the reference's; 0 is DPO.")
 
 
@@ -312,7 +322,6 @@ class Madpo(BetaLoss):
 class BetaDpo(BetaLoss):
     """DPO with a beta set by the batch."""
 
-    trains: ClassVar[bool] = False
     batchwise: ClassVar[bool] = True
     formula: ClassVar[str] = (
         "-log s(beta (1 + alpha (mean m - m0)) m) over the share `keep` of the batch nearest to m0, the running "
@@ -331,7 +340,6 @@ class BetaDpo(BetaLoss):
 class Wpo(BetaLoss):
     """Weighted preference optimization."""
 
-    trains: ClassVar[bool] = False
     formula: ClassVar[str] = "-w log s(beta m), w = min(1, exp(wc + wr)), wc, wr: mean log(p / sum_v p_v^2) of tokens"
     paper: ClassVar[str] = "Zhou et al. 2024, WPO (arXiv 2406.11827), sampled alignment"
     use_when: ClassVar[str] = "Pairs are old (replay, a data set): those the policy would not say weigh less."
@@ -392,7 +400,7 @@ class Simpo(ReferenceFreeLoss):
     use_when: ClassVar[str] = "No reference is to be kept in memory; needs a small learning rate."
 
     name: Literal["simpo"] = "simpo"
-    beta: float = Field(2.0, gt=0, description=REFERENCE_FREE_BETA)
+    beta: Beta = Field(2.0, description=REFERENCE_FREE_BETA)
     gamma: float = Field(1.0, ge=0, description="Target margin of the rewards; gamma / beta is nats per token.")
 
 
@@ -415,7 +423,7 @@ class Cpo(ReferenceFreeLoss):
     use_when: ClassVar[str] = "Chosen responses are of high quality (translation): it also imitates them."
 
     name: Literal["cpo"] = "cpo"
-    beta: float = Field(0.1, gt=0, description=REFERENCE_FREE_BETA)
+    beta: Beta = Field(0.1, description=REFERENCE_FREE_BETA)
     nll_weight: float = Field(1.0, ge=0, description="Weight of the chosen response's negative log-likelihood.")
 
 
@@ -427,7 +435,7 @@ class Alphapo(ReferenceFreeLoss):
     use_when: ClassVar[str] = "SimPO lets the chosen response's likelihood fall too far."
 
     name: Literal["alphapo"] = "alphapo"
-    beta: float = Field(2.5, gt=0, description=REFERENCE_FREE_BETA)
+    beta: Beta = Field(2.5, description=REFERENCE_FREE_BETA)
     gamma: float = Field(0.1, ge=0, description="Target margin of the rewards.")
     alpha: float = Field(0.25, description="Shape of the reward; 0 is SimPO, above 0 weighs unlikely responses more.")
 
@@ -446,7 +454,6 @@ class Sft(ReferenceFreeLoss):
 class UnpairedLoss(BetaLoss):
     """A loss of single responses labelled desirable or undesirable."""
 
-    trains: ClassVar[bool] = False
     kind: ClassVar[Literal["paired", "unpaired"]] = "unpaired"
 
     desirable_weight: float = Field(1.0, ge=0, description="Weight of desirable responses.")
@@ -456,7 +463,6 @@ class UnpairedLoss(BetaLoss):
 class Kto(UnpairedLoss):
     """Kahneman-Tversky optimization."""
 
-    batchwise: ClassVar[bool] = True
     formula: ClassVar[str] = "desirable: 1 - s(beta (a - KL)); undesirable: 1 - s(beta (KL - a)); each times its weight"
     paper: ClassVar[str] = "Ethayarajh et al. 2024, KTO (arXiv 2402.01306), eq. 8"
     use_when: ClassVar[str] = "Labels are thumbs up or down, or too few pairs have a clear winner."
@@ -491,7 +497,6 @@ class Bco(UnpairedLoss):
 class Custom(BetaLoss):
     """Your own function of pairs."""
 
-    trains: ClassVar[bool] = False
     formula: ClassVar[str] = "your own"
     paper: ClassVar[str] = "-"
     use_when: ClassVar[str] = "A loss is not here: name a function of the tensors it needs, options keyword-only."
@@ -551,9 +556,9 @@ LOSSES: tuple[type[LossBase], ...] = get_args(get_args(LossName)[0])
 LOSS_BY_NAME: dict[str, type[LossBase]] = {loss.model_fields["name"].default: loss for loss in LOSSES}
 
 
-def reward_beta(losses: Sequence[LossBase]) -> float:
+def reward_beta(losses: Sequence[LossBase], betas: Sequence[float | None]) -> float:
     """The beta that implicit rewards are reported with: the first one of a loss with a reference, else of any; 1
-    where no loss has one."""
-    ranked = sorted(losses, key=lambda loss: not loss.needs_reference)
-    betas = (getattr(loss, "beta", None) for loss in ranked)
-    return next((beta for beta in betas if beta is not None), 1.0)
+    where no loss has one. `betas`: the round's, one a loss; None: as configured."""
+    ranked = sorted(zip(losses, betas, strict=True), key=lambda item: not item[0].needs_reference)
+    used = (getattr(loss, "beta", None) if beta is None else beta for loss, beta in ranked)
+    return next((beta for beta in used if beta is not None), 1.0)

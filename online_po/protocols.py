@@ -48,28 +48,31 @@ class JudgePool(Protocol):
 class Learner(Protocol):
     """Trains the policy; one or more ranks behind it."""
 
-    def logps(self, pairs: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
+    def logps(self, examples: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
         """Response logps under a committed policy, without touching the weights being trained.
 
-        `pairs` is in `online_po.tables.PAIR_SCHEMA`. Yields batches until every pair was there once:
-        {"row": (m,) int64 rows of `pairs`, "chosen": (m,) float32, "rejected": (m,) float32}, the
-        logps summed over response tokens, in nats. Where `policy` is what the learner holds (no step
-        since), its own weights answer; else the folder's are loaded for the time of the call.
+        `examples` is in `online_po.tables.PAIR_SCHEMA` or `LABEL_SCHEMA`. Yields batches until every row was there
+        once: {"row": (m,) int64 rows of `examples`, side: (m,) float32, ...}, the logps summed over response tokens,
+        in nats. Sides are chosen and rejected, or response; further ones are what the losses read:
+        chosen_prefix and rejected_prefix (the first min(|chosen|, |rejected|) tokens), mismatched (another prompt's
+        response). Where `policy` is what the learner holds (no step since), its own weights answer; else the folder's
+        are loaded for the time of the call.
         """
         ...
 
     def update(
         self,
         round_: int,
-        pairs: pa.Table,
+        examples: pa.Table,
         reference_logps: dict[str, np.ndarray] | None,
         start_logps: dict[str, np.ndarray] | None,
+        betas: Sequence[float | None] | None = None,
     ) -> Iterator[dict[str, float]]:
-        """Trains on all pairs `learner.epochs` times; yields the metrics of each optimizer step.
+        """Trains on all examples `learner.epochs` times; yields the metrics of each optimizer step.
 
-        `reference_logps`: {"chosen": (N,), "rejected": (N,)} float32, summed over response tokens; None where no
-        loss needs them.
+        `reference_logps`: {side: (N,) float32} of all sides that `logps` gives; None where no loss needs them.
         `start_logps`: the same under the starting policy, for KL metrics; None leaves them out.
+        `betas`: the round's beta of each loss (None: as configured); None: all as configured.
         """
         ...
 

@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from online_po.anchors import make_anchors
+from online_po.betas import next_scale, round_betas
 from online_po.config import Config
 from online_po.cursor import PromptCursor
 from online_po.examples import make_pairs
 from online_po.judging import Judging
+from online_po.loss_configs import reward_beta
 from online_po.metrics import round_means
 from online_po.parts import Parts
 from online_po.protocols import Learner
@@ -100,14 +102,16 @@ def train_round(parts: Parts, round_: int) -> None:
     Raises NoPairsError if the round holds nothing to train on.
     """
     config, ledger, observer = parts.config, parts.ledger, parts.observer
-    reference_round = earlier_reference = ledger.committed(round_ - 1).reference_round
+    before = ledger.committed(round_ - 1)
+    reference_round = earlier_reference = before.reference_round
+    betas = round_betas(config.loss, round_, before.beta_scale)
     with observer.phase("pair", round_):
         pairs, sampled = make_pairs(parts, round_, draw_prompts(parts, round_))
     with observer.phase("reference", round_):
         anchors = make_anchors(parts, round_, pairs, reference_round)
     steps: list[dict[str, float]] = []
     with observer.phase("learn", round_):
-        for metrics in parts.learner.update(round_, pairs, anchors.reference, anchors.start):
+        for metrics in parts.learner.update(round_, pairs, anchors.reference, anchors.start, betas):
             steps.append(metrics)
             observer.step(round_, metrics)
     if config.reference.kind == "refresh" and round_ % config.reference.every == 0:
@@ -116,13 +120,19 @@ def train_round(parts: Parts, round_: int) -> None:
         parts.learner.save(round_, policy_dir, trainer_dir)
     with observer.phase("commit", round_):
         rows = [{"kind": "step", "round": round_, "step": i, **metrics} for i, metrics in enumerate(steps, 1)]
+        kl = anchors.sampling_kl(pairs)
+        beta_scale = before.beta_scale
+        # A policy that is its own reference is at distance zero: nothing to learn about beta.
+        if config.beta_control is not None and sampled["policy_version_sampled"] != earlier_reference:
+            beta_scale = next_scale(config.beta_control, beta_scale, kl["kl_reference"])
         summary = {
             "kind": "round",
             "round": round_,
             "reference_round": reference_round,
+            "beta": reward_beta(config.loss, betas),
             **sampled,
             **round_means(steps),
-            **anchors.sampling_kl(pairs),
+            **kl,
             "pairs": pairs.num_rows,
             "chosen_length": mean_length(pairs["chosen_token_ids"]),
             "rejected_length": mean_length(pairs["rejected_token_ids"]),
@@ -134,6 +144,7 @@ def train_round(parts: Parts, round_: int) -> None:
             is_adapter=config.learner.lora is not None,
             reference_round=reference_round,
             probe=probe_of(parts.learner, ledger.committed(0).probe.token_ids),
+            beta_scale=beta_scale,
         )
         ledger.prune(round_, config.run.keep_checkpoints, reference_round, since=earlier_reference)
     observer.round(summary)

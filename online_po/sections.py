@@ -228,6 +228,25 @@ class ReferenceConfig(Section):
         return self
 
 
+class BetaControlConfig(Section):
+    """A controller that holds the KL to the reference at a target by scaling beta (Ziegler et al. 2019)."""
+
+    target_kl: float = Field(gt=0, description="KL to the reference to hold, in nats a response (`kl_reference`).")
+    gain: float = Field(1.0, gt=0, le=5, description="Relative change of beta per unit of the KL's relative error.")
+    max_error: float = Field(0.2, gt=0, lt=1, description="The relative error is clipped to this, either way.")
+    min_scale: float = Field(0.01, gt=0, le=1, description="Beta is never scaled below this.")
+    max_scale: float = Field(100.0, ge=1, description="Beta is never scaled above this.")
+
+    @model_validator(mode="after")
+    def _check(self) -> BetaControlConfig:
+        if self.gain * self.max_error >= 1:
+            raise ValueError(
+                f"beta_control.gain x beta_control.max_error is {self.gain * self.max_error:g}; keep it below 1, or "
+                "one round could take beta to zero"
+            )
+        return self
+
+
 class LoraConfig(Section):
     """Low-rank adapters (LoRA, Hu et al. 2021); without this section all weights are trained."""
 

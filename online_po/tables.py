@@ -90,8 +90,6 @@ LABEL_SCHEMA = pa.schema(
     ]
 )
 
-LOGP_SCHEMA = pa.schema([("chosen", pa.float32()), ("rejected", pa.float32())])
-
 EVAL_SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),

@@ -79,8 +79,8 @@ def reference() -> str:
         if name == "loss":
             lines += [*section(name, Sigmoid), "", LOSS_NOTE, ""]
             continue
-        assert isinstance(field.annotation, type)
-        lines += [*section(name, field.annotation), ""]
+        (model,) = (a for a in (field.annotation, *typing.get_args(field.annotation)) if isinstance(a, type(Config)))
+        lines += [*section(name, model), ""]
     return "\n".join([*lines, "</details>", END])
 
 

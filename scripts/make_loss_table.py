@@ -24,7 +24,6 @@ In the formulas, a = log pi(chosen) - log ref(chosen), b the same for the reject
 sigmoid, |c| and |r| are the lengths of chosen and rejected in tokens. Logs are natural, and log-probabilities are
 summed over response tokens unless divided by a length. Higher beta keeps the policy closer to the reference.
 
-- **trains**: whether the learner trains with it. Those that it does not are there as functions only, so far.
 - **data**: pairs of a chosen and a rejected response, or single responses labelled desirable or not.
 - **ref**: whether reference log-probabilities enter; without, no reference is loaded.
 - **scores**: what the judge must give besides the order.
@@ -86,20 +85,11 @@ def scores(loss: type[LossBase]) -> str:
     return "yes" if loss.needs_scores else ""
 
 
-def trains(loss: type[LossBase]) -> str:
-    if not loss.trains:
-        return "not yet"
-    if "probability" in loss.model_fields:
-        return "hard"
-    return "yes"
-
-
 def row(loss: type[LossBase]) -> str:
     """One loss as a row of the table."""
     cells = [
         f"`{loss.model_fields['name'].default}`",
         f"`{loss.formula}`".replace("|", "\\|") if loss is not Custom else loss.formula,
-        trains(loss),
         "pairs" if loss.kind == "paired" else "single",
         "yes" if loss.needs_reference else "",
         scores(loss),
@@ -116,8 +106,8 @@ def page() -> str:
     """The whole page."""
     lines = [
         HEAD,
-        "| name | formula | trains | data | ref | scores | also reads | batch | options | use when | paper |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| name | formula | data | ref | scores | also reads | batch | options | use when | paper |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *map(row, LOSSES),
         "",
         NOTES,

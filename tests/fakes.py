@@ -130,10 +130,11 @@ class FakeLearner:
     def __init__(self) -> None:
         self.skill = 0.0
         self.log: list[tuple] = []
+        self.betas: list[Sequence[float | None] | None] = []
 
-    def logps(self, pairs: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
+    def logps(self, examples: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
         self.log.append(("logps", policy.version))
-        rows = np.arange(pairs.num_rows)
+        rows = np.arange(examples.num_rows)
         for half in np.array_split(rows, 2):
             value = np.full(len(half), read_skill(policy), dtype=np.float32)
             yield {"row": half, "chosen": value, "rejected": -value}
@@ -141,15 +142,17 @@ class FakeLearner:
     def update(
         self,
         round_: int,
-        pairs: pa.Table,
+        examples: pa.Table,
         reference_logps: dict[str, np.ndarray] | None,
         start_logps: dict[str, np.ndarray] | None,
+        betas: Sequence[float | None] | None = None,
     ) -> Iterator[dict[str, float]]:
         anchor = 0.0 if reference_logps is None else float(reference_logps["chosen"].mean())
         for _ in range(2):
-            self.skill += float(np.mean(pairs["margin"].to_numpy())) + 0.1 * anchor
-            yield {"loss": -self.skill, "pairs": pairs.num_rows / 2, "learning_rate": 1.0}
+            self.skill += float(np.mean(examples["margin"].to_numpy())) + 0.1 * anchor
+            yield {"loss": -self.skill, "pairs": examples.num_rows / 2, "learning_rate": 1.0}
         self.log.append(("update", round_, start_logps is not None))
+        self.betas.append(betas)
 
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         return [self.skill] * (len(token_ids) - 1)

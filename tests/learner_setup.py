@@ -12,7 +12,7 @@ import pytest
 
 from online_po.loss_configs import LOSS_BY_NAME
 from online_po.sections import LearnerConfig, ModelConfig
-from online_po.tables import PAIR_SCHEMA
+from online_po.tables import LABEL_SCHEMA, PAIR_SCHEMA
 from online_po.types import Policy
 
 VOCABULARY = 384
@@ -48,6 +48,26 @@ def make_pairs(count: int, seed: int = 0) -> pa.Table:
     )
 
 
+def make_labels(count: int, seed: int = 0) -> pa.Table:
+    """Random labelled responses of ragged lengths, up to three to a prompt, scored at random."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    while len(rows) < count:
+        prompt = rng.integers(4, VOCABULARY, rng.integers(1, 10)).tolist()
+        for _ in range(rng.integers(1, 4)):
+            score = float(rng.uniform(-1, 1))
+            rows.append(
+                {
+                    "prompt_id": f"prompt-{prompt}",
+                    "prompt_token_ids": prompt,
+                    "response_token_ids": rng.integers(4, VOCABULARY, rng.integers(1, 15)).tolist(),
+                    "response_score": score,
+                    "label": score > 0,
+                }
+            )
+    return pa.Table.from_pylist(rows[:count], schema=LABEL_SCHEMA)
+
+
 def learner_config(**changes: Any) -> LearnerConfig:
     """A learning rate that moves a tiny model visibly in a few steps, and micro-batches of a few pairs."""
     return LearnerConfig(**({"learning_rate": 1e-3, "global_batch_size": 8, "micro_batch_tokens": 160} | changes))
@@ -61,13 +81,14 @@ def make_learner(model: Path, config: LearnerConfig, name: str = "sigmoid", **op
 
 
 def collect_logps(logps: Callable[..., Any], pairs: pa.Table, policy: Policy) -> dict[str, np.ndarray]:
-    """{"chosen": (N,), "rejected": (N,)}; fails unless every pair came exactly once."""
-    found = {name: np.full(pairs.num_rows, np.nan, dtype=np.float32) for name in ("chosen", "rejected")}
+    """{"chosen": (N,), "rejected": (N,)}, or the sides that labels have; fails unless every row came exactly once."""
+    found: dict[str, np.ndarray] = {}
     for batch in logps(pairs, policy):
-        for name, values in found.items():
-            assert np.isnan(values[batch["row"]]).all()
-            assert batch[name].dtype == np.float32
-            values[batch["row"]] = batch[name]
+        rows = batch.pop("row")
+        for name, given in batch.items():
+            values = found.setdefault(name, np.full(pairs.num_rows, np.nan, dtype=np.float32))
+            assert np.isnan(values[rows]).all() and given.dtype == np.float32
+            values[rows] = given
     assert not any(np.isnan(values).any() for values in found.values())
     return found
 

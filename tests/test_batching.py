@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from online_po.batching import PairTokens, TokenLists, collate, epoch_order, global_batches, rank_plans
+from online_po.batching import PAIR_SIDES, Examples, TokenLists, collate, epoch_order, global_batches, rank_plans
 from online_po.tables import PAIR_SCHEMA
 from tests.learner_setup import make_pairs
 
@@ -62,11 +62,11 @@ def test_fewer_pairs_than_ranks_leaves_empty_passes() -> None:
 
 def test_collate_points_at_response_tokens_only() -> None:
     pairs = make_pairs(6, seed=1)
-    tokens = PairTokens(pairs)
+    tokens = Examples(pairs)
     rows = np.array([3, 0, 5])
-    batch = collate(tokens, rows)
+    batch = collate(tokens, rows, PAIR_SIDES)
     records = pairs.to_pylist()
-    assert batch.input_ids.shape == (6, tokens.widths[rows].max())
+    assert batch.input_ids.shape == (6, tokens.widths(PAIR_SIDES)[rows].max())
     cursor = 0
     for i, (row, side) in enumerate(
         [(row, side) for side in ("chosen_token_ids", "rejected_token_ids") for row in rows]
@@ -75,7 +75,7 @@ def test_collate_points_at_response_tokens_only() -> None:
         end = len(prompt) + len(response)
         assert batch.input_ids[i, :end].tolist() == prompt + response
         assert (batch.input_ids[i, end:] == 0).all()
-        assert batch.lengths[i] == len(response)
+        assert batch.lengths.flatten()[i] == len(response)
         places = batch.positions[cursor : cursor + len(response)] - i * batch.input_ids.shape[1]
         assert places.tolist() == list(range(len(prompt) - 1, end - 1))
         assert batch.targets[cursor : cursor + len(response)].tolist() == response
@@ -84,14 +84,14 @@ def test_collate_points_at_response_tokens_only() -> None:
 
 
 def test_collate_of_no_pairs_counts_nowhere() -> None:
-    batch = collate(PairTokens(make_pairs(2)), np.empty(0, dtype=np.int64))
-    assert batch.lengths == [] and len(batch.targets) == 1
+    batch = collate(Examples(make_pairs(2)), np.empty(0, dtype=np.int64), PAIR_SIDES)
+    assert batch.lengths.shape == (2, 0) and len(batch.targets) == 1
 
 
 def test_an_empty_response_has_no_positions() -> None:
     row = {"prompt_token_ids": [5, 6], "chosen_token_ids": [], "rejected_token_ids": [7]}
-    batch = collate(PairTokens(pa.Table.from_pylist([row], schema=PAIR_SCHEMA)), np.array([0]))
-    assert batch.lengths == [0, 1] and batch.targets.tolist() == [7]
+    batch = collate(Examples(pa.Table.from_pylist([row], schema=PAIR_SCHEMA)), np.array([0]), PAIR_SIDES)
+    assert batch.lengths.tolist() == [[0], [1]] and batch.targets.tolist() == [7]
 
 
 def test_token_lists_read_slices_and_several_chunks() -> None:

@@ -243,9 +243,13 @@ def test_losses_without_a_reference_have_none():
     [
         ({"name": "simgoid"}, r"^loss.name is 'simgoid', which is no loss; did you mean 'sigmoid'\?$"),
         ({"name": "rdpo", "lable_smoothing": 0.1}, r"^loss.lable_smoothing: unknown key; did you mean 'label_smoo"),
-        ({"beta": 0}, r"^loss.beta: input should be greater than 0"),
-        ({"name": "kto"}, r"^loss.name: kto is there as a function .* cannot train with it yet"),
-        ({"name": "sppo", "probability": "soft"}, r"^loss.probability: soft is there as a function"),
+        ({"beta": 0}, r"^loss.beta.* greater than 0, or a list .*got 0"),
+        (
+            [{"name": "kto"}, {"name": "sft"}],
+            r"^loss holds sft, which trains on pairs, and kto, which trains on single",
+        ),
+        ({"beta": "much"}, r"^loss.beta.*number .*got 'much'"),
+        ({"name": "sppo", "probability": "soft"}, r"^loss.probability is soft, but the judge gives no"),
         ([], r"^loss is an empty list"),
         ("sigmoid", r"^loss: input should be a valid tuple"),
         (None, r"^loss: input should be a valid tuple"),

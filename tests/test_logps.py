@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from online_po import logps as logps_module
-from online_po.batching import MicroBatch, PairTokens, collate
+from online_po.batching import PAIR_SIDES, Examples, MicroBatch, collate
 from online_po.errors import ConfigError
 from online_po.logps import LogpModel, float32_weights, logits_of, require_known_head
 from tests.learner_setup import VOCABULARY, make_pairs, one_thread  # noqa: F401
@@ -55,26 +55,27 @@ def make_model(kind: str, attention: str = "sdpa") -> PreTrainedModel:
 
 def make_batch() -> tuple[MicroBatch, torch.Tensor]:
     """Six pairs of ragged lengths, and the attention mask that marks their real tokens."""
-    tokens = PairTokens(make_pairs(6, seed=3))
-    batch = collate(tokens, np.arange(6))
+    tokens = Examples(make_pairs(6, seed=3))
+    batch = collate(tokens, np.arange(6), PAIR_SIDES)
     mask = torch.zeros(batch.input_ids.shape, dtype=torch.long)
-    lengths = [len(tokens.prompt[i % 6]) + batch.lengths[i] for i in range(12)]
+    lengths = [len(tokens.prompt[i % 6]) + batch.lengths.flatten()[i] for i in range(12)]
     for row, length in enumerate(lengths):
         mask[row, :length] = 1
     return batch, mask
 
 
-def run(model: PreTrainedModel, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def run(model: PreTrainedModel, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     arrays = (batch.input_ids, batch.positions, batch.targets)
     ids, positions, targets = (torch.from_numpy(array) for array in arrays)
-    return LogpModel(model)(ids, positions, targets, with_entropy=True)
+    return LogpModel(model)(ids, positions, targets, with_entropy=True, with_collision=True)
 
 
-def plain(model: PreTrainedModel, batch: MicroBatch, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def plain(model: PreTrainedModel, batch: MicroBatch, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The same from full logits of the model's own forward, padding masked."""
     logits = model(input_ids=torch.from_numpy(batch.input_ids), attention_mask=mask).logits.float()
     logps = torch.log_softmax(logits, dim=-1).flatten(0, 1)[torch.from_numpy(batch.positions)]
-    return logps.gather(1, torch.from_numpy(batch.targets)[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
+    found = logps.gather(1, torch.from_numpy(batch.targets)[:, None])[:, 0]
+    return found, -(logps.exp() * logps).sum(-1), logps.exp().square().sum(-1).log()
 
 
 def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -93,17 +94,18 @@ def test_logps_entropies_and_gradients_equal_full_logits(
     batch, mask = make_batch()
     weights = torch.linspace(-1, 1, len(batch.targets))
 
-    logps, entropies = run(model, batch)
-    assert not entropies.requires_grad
+    logps, entropies, collisions = run(model, batch)
+    assert not entropies.requires_grad and not collisions.requires_grad
     (logps * weights).sum().backward()
     found = gradients(model)
 
-    expected_logps, expected_entropies = plain(model, batch, mask)
+    expected_logps, expected_entropies, expected_collisions = plain(model, batch, mask)
     (expected_logps * weights).sum().backward()
     expected = gradients(model)
 
     torch.testing.assert_close(logps, expected_logps, rtol=2e-6, atol=5e-6)
     torch.testing.assert_close(entropies, expected_entropies, rtol=2e-6, atol=5e-6)
+    torch.testing.assert_close(collisions, expected_collisions, rtol=2e-6, atol=5e-6)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         scale = gradient.abs().max().item()
@@ -152,19 +154,22 @@ def test_logits_of_the_whole_batch_never_exist(monkeypatch: pytest.MonkeyPatch) 
 def test_entropies_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
     batch, _ = make_batch()
-    lists: list[list[torch.Tensor]] = []
+    lists: list[logps_module.TokenStatistics] = []
     original = LogpModel._chunk_logps
 
     def spy(
-        self: LogpModel, hidden: torch.Tensor, targets: torch.Tensor, weights: dict, entropies: list | None
+        self: LogpModel,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        weights: dict,
+        statistics: logps_module.TokenStatistics,
     ) -> torch.Tensor:
-        assert entropies is not None
-        lists.append(entropies)
-        return original(self, hidden, targets, weights, entropies)
+        lists.append(statistics)
+        return original(self, hidden, targets, weights, statistics)
 
     monkeypatch.setattr(LogpModel, "_chunk_logps", spy)
     run(model, batch)[0].sum().backward()
-    assert len(lists) == 2 and len(lists[0]) == 1  # one chunk, forward and recomputation, one entropy
+    assert len(lists) == 2 and len(lists[0].entropies) == 1  # one chunk, forward and recomputation, one entropy
 
 
 # -- bfloat16 --------------------------------------------------------------------------------------
@@ -207,7 +212,7 @@ def test_under_bfloat16_the_head_computes_in_float32(head: str, kept: str, monke
     batch, _ = make_batch()
     hidden = last_hidden(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logps, _ = run(model, batch)
+        logps, _, _ = run(model, batch)
     scales = torch.linspace(-1, 1, len(logps))
     (logps * scales).sum().backward()
     found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
@@ -278,7 +283,7 @@ def test_the_heads_rounding_is_not_taken_for_an_unknown_head() -> None:
     ids = torch.linspace(0, LARGE - 1, 9).long()[None]
     with torch.no_grad():
         own = chosen_logps(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
-        found, _ = LogpModel(model)(ids, torch.arange(8), ids[0, 1:])
+        found, _, _ = LogpModel(model)(ids, torch.arange(8), ids[0, 1:])
     assert (own - found).abs().max() > 0.1
     require_known_head(model, "wide")
     assert model(input_ids=ids).logits.dtype == torch.bfloat16  # its own forward is what it was

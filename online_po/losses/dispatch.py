@@ -135,6 +135,8 @@ def _one(loss: LossBase, inputs: LossInputs | UnpairedInputs, beta: float | None
     options = _options(loss, function)
     if beta is not None and "beta" in options:
         options["beta"] = beta
+    if isinstance(options.get("beta"), tuple):
+        raise ConfigError(f"loss.beta is a list of one for each round ({loss.beta}); say which round's is meant")  # type: ignore[attr-defined]
     return function(**tensors, **options)
 
 

@@ -1,0 +1,66 @@
+"""Beta as configured, by round, and held by a controller."""
+
+from __future__ import annotations
+
+import pytest
+
+from online_po.betas import next_scale, round_betas
+from online_po.errors import ConfigError
+from online_po.ledger import Ledger
+from online_po.loop import run_rounds
+from online_po.loss_configs import LOSS_BY_NAME
+from online_po.sections import BetaControlConfig
+from tests.fakes import make_config
+from tests.test_loop import make_parts
+
+
+def control(**changes):
+    return BetaControlConfig(**({"target_kl": 4.0} | changes))
+
+
+def test_a_list_gives_each_round_its_own_and_the_scale_touches_references_only():
+    losses = [LOSS_BY_NAME["sigmoid"](beta=[0.1, 0.2, 0.4]), LOSS_BY_NAME["cpo"](), LOSS_BY_NAME["sft"]()]
+    assert round_betas(losses, 1, 1.0) == [0.1, 0.1, None]
+    assert round_betas(losses, 3, 0.5) == [0.2, 0.1, None]
+
+
+def test_the_controller_raises_beta_where_the_policy_is_too_far_and_the_error_is_clipped():
+    assert next_scale(control(), 1.0, 4.0) == 1.0
+    assert next_scale(control(), 1.0, 4.4) == pytest.approx(1.1)
+    assert next_scale(control(), 2.0, 100.0) == pytest.approx(2.4)
+    assert next_scale(control(gain=0.5), 1.0, -3.0) == pytest.approx(0.9)
+    assert next_scale(control(max_scale=1.05), 1.0, 100.0) == 1.05
+    assert next_scale(control(min_scale=0.95), 1.0, 0.0) == 0.95
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": {"beta": [0.1, 0.2]}}, "loss.beta of sigmoid is a list of 2, but loop.rounds is 3"),
+        ({"loss": {"beta": []}}, "loss"),
+        ({"loss": {"beta": [0.1, -1, 0.1]}}, "loss"),
+        ({"beta_control": {"target_kl": 0}}, "beta_control.target_kl"),
+        ({"beta_control": {"target_kl": 1, "gain": 5, "max_error": 0.5}}, "keep it below 1"),
+        ({"beta_control": {"target_kl": 1}, "loss": {"name": "simpo"}}, "no beta against a reference"),
+        ({"beta_control": {"target_kl": 1}, "reference": {"kind": "refresh"}}, "starts from zero every round"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(tmp_path, **change)
+
+
+def test_the_learner_gets_the_rounds_betas(tmp_path):
+    parts = make_parts(make_config(tmp_path, loss={"beta": [0.1, 0.2, 0.3]}))
+    run_rounds(parts)
+    assert parts.learner.betas == [[0.1], [0.2], [0.3]]
+    assert parts.ledger.config().loss[0].beta == (0.1, 0.2, 0.3)
+
+
+def test_the_controllers_scale_is_in_the_ledger_and_waits_for_a_policy_that_moved(tmp_path):
+    config = make_config(tmp_path, beta_control={"target_kl": 1e-3, "max_error": 0.5}, loop__rounds=4)
+    parts = make_parts(config)
+    run_rounds(parts)
+    scales = [Ledger(config.run_dir).committed(round_).beta_scale for round_ in range(5)]
+    assert scales[:2] == [1.0, 1.0]  # round 1 was sampled by the reference itself
+    assert scales[2] != 1.0 and parts.learner.betas == [[0.1 * scale] for scale in scales[:-1]]

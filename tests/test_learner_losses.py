@@ -1,0 +1,252 @@
+"""Every loss in the learner: cut into micro-batches and passes, it is the formula on the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from online_po.learner import TorchLearner
+from online_po.loss_configs import LOSS_BY_NAME, LossBase
+from online_po.losses import LossInputs, UnpairedInputs, kto_kl, pair_losses, unpaired_losses
+from online_po.sections import ModelConfig
+from scripts.make_tiny_model import make_tiny_model
+from tests.learner_setup import (
+    collect_logps,
+    learner_config,
+    make_labels,
+    make_learner,
+    make_pairs,
+    one_thread,  # noqa: F401
+    start,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PAIRED = sorted(name for name, loss in LOSS_BY_NAME.items() if loss.kind == "paired" and name != "custom")
+UNPAIRED = sorted(name for name, loss in LOSS_BY_NAME.items() if loss.kind == "unpaired")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def losses_of(*names: str, **options: Any) -> tuple[LossBase, ...]:
+    return tuple(LOSS_BY_NAME[name](**options) for name in names)
+
+
+def make_examples(name: str, count: int = 11) -> pa.Table:
+    return make_pairs(count) if LOSS_BY_NAME[name].kind == "paired" else make_labels(count)
+
+
+def learn(model: Path, losses: Sequence[LossBase], **changes: Any) -> Any:
+    config = learner_config(**({"global_batch_size": 16} | changes))
+    return TorchLearner(ModelConfig(path=str(model)), config, losses, seed=7, rounds=3)
+
+
+def noisy_reference(learner: Any, examples: pa.Table, model: Path) -> dict[str, np.ndarray]:
+    """The start's logps, off by a few nats: nothing cancels."""
+    rng = np.random.default_rng(5)
+    found = collect_logps(learner.logps, examples, start(model))
+    return {side: (values + rng.normal(0, 2, len(values))).astype(np.float32) for side, values in found.items()}
+
+
+# -- the same from full logits, all examples at once ----------------------------------------------------
+
+
+def token_logps(lm: Any, prompt: list[int], response: list[int]) -> tuple[Tensor, Tensor]:
+    """(R,) logps of a response's tokens and (R,) log sum_v p_v^2."""
+    logits = lm(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    logps = torch.log_softmax(logits, dim=-1)
+    return logps.gather(1, torch.tensor(response)[:, None])[:, 0], logps.exp().square().sum(-1).log()
+
+
+def plain_pair_losses(lm: Any, pairs: pa.Table, reference: dict[str, np.ndarray], losses: Sequence[LossBase]) -> Tensor:
+    values: dict[str, list[Any]] = {}
+    for row in pairs.to_pylist():
+        shorter = min(len(row["chosen_token_ids"]), len(row["rejected_token_ids"]))
+        for side in ("chosen", "rejected"):
+            logps, collisions = token_logps(lm, row["prompt_token_ids"], row[f"{side}_token_ids"])
+            for name, value in {
+                f"{side}_logps": logps.sum(),
+                f"{side}_prefix_logps": logps[:shorter].sum(),
+                f"{side}_weight_logps": (logps - collisions).mean().detach(),
+                f"{side}_lengths": torch.tensor(float(len(logps))),
+                f"{side}_scores": torch.tensor(row[f"{side}_score"], dtype=torch.float32),
+            }.items():
+                values.setdefault(name, []).append(value)
+    tensors = {name: torch.stack(items) for name, items in values.items()}
+    tensors |= {f"reference_{side}_logps": torch.tensor(logps) for side, logps in reference.items()}
+    return pair_losses(losses, LossInputs(**tensors)).mean()
+
+
+def plain_label_losses(
+    lm: Any, labels: pa.Table, reference: dict[str, np.ndarray], losses: Sequence[LossBase]
+) -> Tensor:
+    rows = labels.to_pylist()
+    logps = [token_logps(lm, row["prompt_token_ids"], row["response_token_ids"])[0].sum() for row in rows]
+    kl = None
+    if "mismatched" in reference:
+        others = []
+        for i, row in enumerate(rows):
+            later = [r for r in (*rows[i + 1 :], *rows[:i]) if r["prompt_id"] != row["prompt_id"]]
+            others.append(token_logps(lm, row["prompt_token_ids"], later[0]["response_token_ids"])[0].sum())
+        kl = kto_kl(torch.stack(others), torch.tensor(reference["mismatched"]))
+    inputs = UnpairedInputs(
+        logps=torch.stack(logps),
+        reference_logps=torch.tensor(reference["response"]),
+        desirable=torch.tensor(labels["label"].to_pylist()),
+        kl=kl,
+    )
+    return unpaired_losses(losses, inputs).mean()
+
+
+def assert_the_step_is_the_formulas(model: Path, examples: pa.Table, losses: Sequence[LossBase]) -> None:
+    """Loss and every gradient of one step, against the whole batch in one plain forward of each response."""
+    learner = learn(model, losses, micro_batch_tokens=90, max_grad_norm=1e9)
+    reference = noisy_reference(learner, examples, model)
+    found: dict[str, Tensor] = {}
+
+    def keep(*_: object) -> None:
+        found.update({name: p.grad.clone() for name, p in learner.model.named_parameters()})
+
+    learner.optimizer.register_step_pre_hook(keep)
+    uses = any(loss.needs_reference for loss in losses)
+    (step,) = learner.update(1, examples, reference if uses else None, None)
+    lm = AutoModelForCausalLM.from_pretrained(model)
+    plain = plain_pair_losses if losses[0].kind == "paired" else plain_label_losses
+    expected = plain(lm, examples, reference, losses)
+    expected.backward()
+    assert step["loss"] == pytest.approx(expected.item(), rel=2e-5, abs=1e-5)
+    gradients = {name: p.grad for name, p in lm.named_parameters()}
+    scale = max(gradient.abs().max().item() for gradient in gradients.values())
+    assert scale > 0 and found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=2e-4 * scale, msg=name)
+
+
+@pytest.mark.parametrize("name", [*PAIRED, *UNPAIRED])
+def test_a_step_is_the_formula_on_the_whole_batch(model: Path, name: str) -> None:
+    assert_the_step_is_the_formulas(model, make_examples(name), losses_of(name))
+
+
+@pytest.mark.parametrize("names", [("beta_dpo", "wpo", "ld_dpo"), ("bco_pair", "sigmoid", "sft"), ("kto", "bco")])
+def test_so_is_a_mixture(model: Path, names: tuple[str, ...]) -> None:
+    losses = tuple(LOSS_BY_NAME[name](weight=0.3 + i) for i, name in enumerate(names))  # type: ignore[call-arg]
+    assert_the_step_is_the_formulas(model, make_examples(names[0]), losses)
+
+
+# -- training --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*PAIRED, *UNPAIRED])
+def test_every_loss_prefers_the_better_response(model: Path, name: str) -> None:
+    examples = make_examples(name, 8)
+    learner = make_learner(model, learner_config(epochs=8), name)
+    reference = None
+    if LOSS_BY_NAME[name].needs_reference:
+        reference = collect_logps(learner.logps, examples, start(model))
+    steps = list(learner.update(1, examples, reference, None))
+    assert ("kl_reference" in steps[0]) == (reference is not None) and "kl_start" not in steps[0]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    better = "chosen_logps" if name == "sft" else "margin"
+    if name != "discopop":  # whose slope at a margin of 0 is positive: it may settle in its minimum below 0
+        assert steps[-1][better] > steps[0][better] + 1e-6
+
+
+def test_the_rounds_beta_replaces_the_configured_one(model: Path) -> None:
+    pairs = make_pairs(6)
+    learner = learn(model, losses_of("ipo", average_logps=False))
+    reference = collect_logps(learner.logps, pairs, start(model))
+    (step,) = learner.update(1, pairs, reference, None, [0.05])
+    assert step["loss"] == pytest.approx((1 / (2 * 0.05)) ** 2, rel=1e-4)
+    rewards = step["chosen_reward"] - step["rejected_reward"]
+    assert step["margin"] == pytest.approx(rewards, abs=1e-6)
+
+
+def test_running_means_move_by_a_tenth_and_are_restored(model: Path, tmp_path: Path) -> None:
+    labels = make_labels(12)
+    learner = learn(model, losses_of("bco"), global_batch_size=6)
+    reference = noisy_reference(learner, labels, model)
+    expected: list[float] = []
+    for step in learner.update(1, labels, reference, None):
+        expected.append(step["kl_reference"])  # the mean log-ratio, which is what the running mean takes in
+    first, second = expected
+    assert learner.objective.means == {"log_ratio_mean": pytest.approx(0.9 * first + 0.1 * second, rel=1e-5)}
+    learner.save(1, tmp_path / "policy", tmp_path / "trainer")
+    again = learn(model, losses_of("bco"), global_batch_size=6)
+    from online_po.types import Policy
+
+    again.load(Policy(version=1, path=tmp_path / "policy"), tmp_path / "trainer")
+    assert again.objective.means == learner.objective.means
+    left, right = (list(which.update(2, labels, reference, None)) for which in (learner, again))
+    assert [step["loss"] for step in left] == [step["loss"] for step in right]
+
+
+def test_labels_are_counted_and_averaged_by_kind(model: Path) -> None:
+    labels = make_labels(9)
+    learner = learn(model, losses_of("kto"))
+    reference = noisy_reference(learner, labels, model)
+    (step,) = learner.update(1, labels, reference, None)
+    good = np.array(labels["label"].to_pylist())
+    own = collect_logps(make_learner(model, learner_config(), "kto").logps, labels, start(model))
+    ratios = 0.1 * (own["response"] - reference["response"])
+    assert step["labels"] == 9 and "pairs" not in step
+    assert step["chosen_reward"] == pytest.approx(ratios[good].mean(), abs=1e-4)
+    assert step["rejected_reward"] == pytest.approx(ratios[~good].mean(), abs=1e-4)
+    assert step["margin"] == pytest.approx(ratios[good].mean() - ratios[~good].mean(), abs=1e-4)
+    assert step["accuracy"] == pytest.approx(((ratios > 0) == good).mean())
+    assert step["kto_kl"] == pytest.approx(max(0.0, (own["mismatched"] - reference["mismatched"]).mean()), abs=1e-4)
+
+
+def test_labels_of_one_kind_or_of_one_prompt_train(model: Path) -> None:
+    labels = make_labels(6)
+    good = labels.set_column(labels.column_names.index("label"), "label", pa.array([True] * 6))
+    one = good.set_column(labels.column_names.index("prompt_id"), "prompt_id", pa.array(["same"] * 6))
+    for table, kl in ((good, None), (one, 0.0)):
+        learner = learn(model, losses_of("kto"))
+        reference = noisy_reference(learner, table, model)
+        (step,) = learner.update(1, table, reference, None)
+        assert "rejected_reward" not in step and "margin" not in step and step["grad_norm"] > 0
+        assert kl is None or step["kto_kl"] == kl
+
+
+def scaled_hinge(
+    chosen_logps: Tensor, rejected_logps: Tensor, chosen_lengths: Tensor, *, beta: float, k: float
+) -> Tensor:
+    return k * torch.relu(1 - beta * (chosen_logps - rejected_logps)) + 0.0 * chosen_lengths
+
+
+def test_a_custom_loss_gets_what_its_parameters_name(model: Path) -> None:
+    losses = losses_of("custom", function=f"{__name__}:scaled_hinge", options={"k": 3.0}, beta=0.2)
+    pairs = make_pairs(7)
+    learner = learn(model, losses)
+    own = collect_logps(learner.logps, pairs, start(model))
+    (step,) = learner.update(1, pairs, None, None)
+    expected = 3 * np.maximum(0, 1 - 0.2 * (own["chosen"] - own["rejected"])).mean()
+    assert step["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_step_that_is_not_finite_can_be_left_out(model: Path) -> None:
+    pairs = make_pairs(8)
+    config = learner_config(global_batch_size=4)
+    learner = TorchLearner(
+        ModelConfig(path=str(model)), config, losses_of("sigmoid"), seed=7, rounds=3, skip_nonfinite=True
+    )
+    reference = collect_logps(learner.logps, pairs, start(model))
+    reference["chosen"][3] = np.nan
+    before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+    steps = list(learner.update(1, pairs, reference, None))
+    skipped = [step for step in steps if "skipped" in step]
+    assert len(skipped) == 1 and len(steps) == 2
+    assert "loss" not in skipped[0] and all(np.isfinite(value) for step in steps for value in step.values())
+    moved = [name for name, p in learner.model.named_parameters() if not torch.equal(p, before[name])]
+    assert moved and all(torch.isfinite(p).all() for p in learner.model.parameters())
