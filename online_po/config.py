@@ -77,6 +77,7 @@ class Config(Section):
     def _check(self) -> Config:
         self._check_loss()
         self._check_beta_control()
+        self._check_sampler_logps()
         n = self.loop.responses_per_prompt
         if n < 2:
             raise ValueError(
@@ -164,6 +165,21 @@ class Config(Section):
             raise ValueError(
                 f"reference.kind is {self.reference.kind}, but loss.name: {self.loss[0].name} has no use for a "
                 "reference; leave section reference out, or set reference.kind: none"
+            )
+
+    def _check_sampler_logps(self) -> None:
+        if self.reference.logps == "learner":
+            return
+        if self.reference.kind != "refresh" or self.reference.every != 1 or self.loop.max_staleness:
+            raise ValueError(
+                "reference.logps is sampler, but the reference is not the policy that samples; set reference.kind: "
+                "refresh with every: 1 and loop.max_staleness: 0, or reference.logps: learner"
+            )
+        parts = [loss.name for loss in self.loss if loss.name in ("ld_dpo", "kto", "custom")]
+        if parts:
+            raise ValueError(
+                f"reference.logps is sampler, but loss.name: {parts[0]} may read more of the reference than whole "
+                "responses' log-probabilities; use reference.logps: learner"
             )
 
     def _check_beta_control(self) -> None:

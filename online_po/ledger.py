@@ -364,8 +364,17 @@ class Ledger:
     def has_pairs(self, round_: int) -> bool:
         return (self.round_dir(round_) / "pairs.parquet").exists()
 
-    def write_logps(self, round_: int, kind: LogpKind, logps: dict[str, Any]) -> None:
-        files.write_parquet(self.round_dir(round_) / f"{kind}_logps.parquet", pa.table(logps))
+    def write_logps(
+        self, round_: int, kind: LogpKind, logps: dict[str, Any], notes: dict[str, Any] | None = None
+    ) -> None:
+        """{side: (N,) float32}, one row an example, and notes on how they were come by."""
+        table = pa.table(logps).replace_schema_metadata({"notes": json.dumps(notes or {})})
+        files.write_parquet(self.round_dir(round_) / f"{kind}_logps.parquet", table)
+
+    def logp_notes(self, round_: int, kind: LogpKind) -> dict[str, Any]:
+        """What `write_logps` was told; empty where there are no such logps."""
+        path = self.round_dir(round_) / f"{kind}_logps.parquet"
+        return json.loads(pq.read_schema(path).metadata[b"notes"]) if path.exists() else {}
 
     def logps(self, round_: int, kind: LogpKind) -> dict[str, Any] | None:
         """{side: (N,) float32}, one row an example; None if not computed yet."""

@@ -61,6 +61,7 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
 
     check_judge(config.judge)
     check_engine(config)
+    _check_custom_losses(config)
     model_path = resolve_model(config)
     shape = read_shape(config, model_path)
     tokenizer = load_tokenizer(model_path, config.model.path)
@@ -105,6 +106,23 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
         figures=_figures(config, shape, need, train, heldout),
         warnings=[*_resource_warnings(config, need), *_setting_warnings(config, need)],
     )
+
+
+def _check_custom_losses(config: Config) -> None:
+    """Loads the user's own losses and sees that what they read is there. Raises ConfigError."""
+    if not any(loss.name == "custom" for loss in config.loss):
+        return
+    from online_po.losses import tensor_names  # torch, which no other check needs
+
+    names = tensor_names(config.loss)
+    reads = any(name.startswith("reference_") for name in names)
+    if reads != (config.reference.kind != "none"):
+        say = "reads the reference's log-probabilities" if reads else "reads nothing of a reference"
+        do = "leave section reference out, or choose another kind" if reads else "set reference.kind: none"
+        raise ConfigError(f"reference.kind is {config.reference.kind}, but loss.function {say}; {do}")
+    for name in ("preference_probabilities", "log_ratio_mean", "margin_mean"):
+        if name in names and not any(loss.name != "custom" and name in tensor_names(loss) for loss in config.loss):
+            raise ConfigError(f"loss.function reads {name}, which a custom loss is not given; drop that parameter")
 
 
 def resolve_model(config: Config) -> Path:

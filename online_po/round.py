@@ -133,6 +133,7 @@ def train_round(parts: Parts, round_: int) -> None:
             **sampled,
             **round_means(steps),
             **kl,
+            **({} if anchors.sampler_mismatch is None else {"sampler_mismatch": anchors.sampler_mismatch}),
             "pairs": pairs.num_rows,
             "chosen_length": mean_length(pairs["chosen_token_ids"]),
             "rejected_length": mean_length(pairs["rejected_token_ids"]),

@@ -220,9 +220,21 @@ class ReferenceConfig(Section):
         "losses without a reference, and the default there: no log-probabilities computed, no weights loaded for it.",
     )
     every: int = Field(1, ge=1, description="For refresh: rounds between two refreshes.")
+    logps: Literal["learner", "sampler"] = Field(
+        "learner",
+        description="Who says the reference's log-probabilities. sampler: the engine that sampled, where the reference "
+        "is the sampling policy (refreshed every round); saves a forward pass over the round.",
+    )
+    max_mismatch: float = Field(
+        0.01,
+        gt=0,
+        description="For logps: sampler. Past this difference to the learner's, in nats a token, the learner is asked.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ReferenceConfig:
+        if self.logps != "sampler" and self.max_mismatch != type(self).model_fields["max_mismatch"].default:
+            raise ValueError(f"reference.max_mismatch is for reference.logps: sampler, not {self.logps}")
         if self.kind != "refresh" and self.every != 1:
             raise ValueError(f"reference.every is for reference.kind: refresh, not {self.kind}")
         return self

@@ -247,3 +247,36 @@ def test_check_starts_nothing_and_exit_codes_are_kept(tmp_path, tiny_model):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip() == "error: loop.round: unknown key; did you mean 'rounds'?"
+
+
+def with_reference(chosen_logps, rejected_logps, reference_chosen_logps, reference_rejected_logps, *, beta):
+    return -beta * (chosen_logps - rejected_logps - reference_chosen_logps + reference_rejected_logps)
+
+
+def without_reference(chosen_logps, rejected_logps):
+    return rejected_logps - chosen_logps
+
+
+def with_a_mean(chosen_logps, margin_mean):
+    return chosen_logps - margin_mean
+
+
+@pytest.mark.parametrize(
+    ("function", "reference", "message"),
+    [
+        ("with_reference", "fixed", None),
+        ("without_reference", "none", None),
+        ("with_reference", "none", "reference.kind is none, but loss.function reads the reference's"),
+        ("without_reference", "fixed", "loss.function reads nothing of a reference; set reference.kind: none"),
+        ("with_a_mean", "none", "reads margin_mean, which a custom loss is not given"),
+        ("without_refference", "none", "did you mean 'without_reference'"),
+    ],
+)
+def test_a_loss_of_the_users_is_loaded_and_its_needs_seen(tmp_path, tiny_model, function, reference, message):
+    loss = {"name": "custom", "function": f"{__name__}:{function}"}
+    config = parse(tmp_path, tiny_model, loss=loss, reference={"kind": reference})
+    if message is None:
+        make_plan(config)
+        return
+    with pytest.raises(ConfigError, match=message):
+        make_plan(config)

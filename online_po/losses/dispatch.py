@@ -137,7 +137,13 @@ def _one(loss: LossBase, inputs: LossInputs | UnpairedInputs, beta: float | None
         options["beta"] = beta
     if isinstance(options.get("beta"), tuple):
         raise ConfigError(f"loss.beta is a list of one for each round ({loss.beta}); say which round's is meant")  # type: ignore[attr-defined]
-    return function(**tensors, **options)
+    losses = function(**tensors, **options)
+    if isinstance(loss, Custom) and losses.shape != next(iter(tensors.values())).shape:
+        raise ConfigError(
+            f"loss.function is {loss.function!r}, which gave a tensor of shape {tuple(losses.shape)} for "
+            f"{len(next(iter(tensors.values())))} pairs; it must give one loss a pair"
+        )
+    return losses
 
 
 def tensor_parameters(function: LossFunction) -> dict[str, inspect.Parameter]:
