@@ -39,7 +39,7 @@ from online_po.plan import make_plan  # noqa: E402
 
 PAGE = ROOT / "docs" / "loss_scores.md"
 NAMES = [name for name in LOSS_BY_NAME if name != "custom"]
-RATES: dict[str, float] = {"sft": 3e-4}
+RATES: dict[str, float] = {"sft": 1e-3}
 """Learning rates of losses that the common one does not suit."""
 RATE = 3e-3
 OPTIONS: dict[str, dict[str, Any]] = {}
