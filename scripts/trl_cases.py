@@ -30,7 +30,7 @@ def ragged_batch() -> list[Pair]:
 def even_batch() -> list[Pair]:
     """The same, but prompts of one token and chosen responses of one length: means over tokens are then means over
     responses, and the prompt has no token that a loss could count."""
-    return [(prompt[:1], (chosen * 4)[:7] + [EOS], rejected) for prompt, chosen, rejected in ragged_batch()]
+    return [(prompt[:1], [*(chosen * 4)[:7], EOS], rejected) for prompt, chosen, rejected in ragged_batch()]
 
 
 RAGGED = ragged_batch()
@@ -44,7 +44,7 @@ class Case:
 
     ours: tuple[LossBase, ...]
     trainer: str
-    """A key of trl_losses.CONFIGS."""
+    """A key of trl_theirs.CONFIGS."""
     settings: dict[str, Any]
     """Options of TRL's config."""
     note: str = ""
@@ -60,7 +60,10 @@ class Case:
 
     @property
     def ours_text(self) -> str:
-        return " + ".join(map(_show, self.ours)) + "".join(f", {name} {value:g}" for name, value in self.inputs.items())
+        given = [f"{name} {value:g}" for name, value in self.inputs.items()]
+        if self.kl_offset != 1:
+            given.append(f"KL from response i {self.kl_offset:+d}")
+        return ", ".join([" + ".join(map(_show, self.ours)), *given])
 
     @property
     def trl_text(self) -> str:

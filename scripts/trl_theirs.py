@@ -6,6 +6,7 @@ trainer's own collator and its own loss, so what is measured is TRL's code from 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import re
@@ -68,8 +69,8 @@ def loss_types() -> set[tuple[str, str]]:
 
 def default(trainer: str, option: str) -> Any:
     """What an option of a trainer is where the user does not say."""
-    field = CONFIGS[trainer].__dataclass_fields__[option]
-    return field.default if field.default_factory.__class__.__name__ == "_MISSING_TYPE" else field.default_factory()
+    (field,) = [f for f in dataclasses.fields(CONFIGS[trainer]) if f.name == option]
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def loss_and_grad_norm(
@@ -195,9 +196,9 @@ class GivenResponses(OnlineDPOTrainer):
 def _padded(rows: list[list[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
     """(token ids, mask), (len(rows), longest) each."""
     longest = max(map(len, rows))
-    gaps = [[pad] * (longest - len(row)) for row in rows]
-    ids = [gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)]
-    mask = [
-        [0] * len(g) + [1] * len(r) if left else [1] * len(r) + [0] * len(g) for r, g in zip(rows, gaps, strict=True)
-    ]
+    ids, mask = [], []
+    for row in rows:
+        gap, gap_mask, row_mask = [pad] * (longest - len(row)), [0] * (longest - len(row)), [1] * len(row)
+        ids.append(gap + row if left else row + gap)
+        mask.append(gap_mask + row_mask if left else row_mask + gap_mask)
     return torch.tensor(ids), torch.tensor(mask)
