@@ -241,7 +241,10 @@ class LnDpo(BetaLoss):
     """Length-normalised DPO."""
 
     formula: ClassVar[str] = "-log s(beta (a/|c| - b/|r|))"
-    paper: ClassVar[str] = "Lambert et al. 2024, Tulu 3 (arXiv 2411.15124), section on preference tuning"
+    paper: ClassVar[str] = (
+        "Ahrabian et al. 2024, The Hitchhiker's Guide to Human Alignment with *PO (arXiv 2407.15229); with beta 5: "
+        "Lambert et al. 2024, Tulu 3 (arXiv 2411.15124)"
+    )
     use_when: ClassVar[str] = "Responses grow longer round by round; beta counts per token, so take about 5."
 
     name: Literal["ln_dpo"] = "ln_dpo"
@@ -276,7 +279,7 @@ class Dpop(BetaLoss):
     """DPO-positive (Smaug)."""
 
     formula: ClassVar[str] = "-log s(beta (m - penalty max(0, -a)))"
-    paper: ClassVar[str] = "Pal et al. 2024, Smaug: Fixing Failure Modes with DPO-Positive (arXiv 2402.13228)"
+    paper: ClassVar[str] = "Pal et al. 2024, Smaug: Fixing Failure Modes with DPO-Positive (arXiv 2402.13228), eq. 3"
     use_when: ClassVar[str] = "Chosen and rejected differ little, and DPO would push both down."
 
     name: Literal["dpop"] = "dpop"
@@ -304,19 +307,19 @@ class Madpo(BetaLoss):
 
     needs_scores: ClassVar[bool] = True
     formula: ClassVar[str] = (
-        "-w log s(beta m), w = easy_weight + (hard_weight - easy_weight) s((threshold - gap)/scale)"
+        "-w log s(beta m), w = s(c h)/s(h), h = score(chosen) - score(rejected), c = dampen + (amplify - dampen)/(1 + "
+        "k exp(steepness (|h| - threshold))), k = (amplify - 1)/(1 - dampen)"
     )
-    paper: ClassVar[str] = (
-        "after Rho 2025, Margin Adaptive DPO (arXiv 2510.05342): the weighted loss is the paper's, the curve of the "
-        "weight is ours"
-    )
-    use_when: ClassVar[str] = "Scores come from a reward model, and close pairs teach more than clear ones."
+    paper: ClassVar[str] = "Rho 2025, Margin Adaptive DPO (arXiv 2510.05342); weights as in the author's code"
+    use_when: ClassVar[str] = "Scores come from a reward model (log-odds): close pairs teach more than clear ones."
 
     name: Literal["madpo"] = "madpo"
-    hard_weight: float = Field(2.0, ge=0, description="Weight of pairs with a small score gap.")
-    easy_weight: float = Field(0.5, ge=0, description="Weight of pairs with a large score gap; both 1 is DPO.")
-    threshold: float = Field(1.0, description="Score gap at which the weight is half way.")
-    scale: float = Field(1.0, gt=0, description="Score gap over which the weight goes from one to the other.")
+    amplify: float = Field(2.0, gt=1, description="Factor of margins far below the threshold; the author's c_max.")
+    dampen: float = Field(0.5, ge=0, lt=1, description="Factor of margins far above the threshold; his c_min.")
+    threshold: float = Field(
+        2.0, ge=0, description="Score gap whose margin is left as it is; his tau (2 in his code, 6.9 in its runs)."
+    )
+    steepness: float = Field(1.0, gt=0, description="How fast the factor falls around the threshold; his lambda.")
 
 
 class BetaDpo(BetaLoss):
@@ -341,7 +344,7 @@ class Wpo(BetaLoss):
     """Weighted preference optimization."""
 
     formula: ClassVar[str] = "-w log s(beta m), w = min(1, exp(wc + wr)), wc, wr: mean log(p / sum_v p_v^2) of tokens"
-    paper: ClassVar[str] = "Zhou et al. 2024, WPO (arXiv 2406.11827), sampled alignment"
+    paper: ClassVar[str] = "Zhou et al. 2024, WPO (arXiv 2406.11827), eq. 2, sampled alignment"
     use_when: ClassVar[str] = "Pairs are old (replay, a data set): those the policy would not say weigh less."
 
     name: Literal["wpo"] = "wpo"
@@ -408,7 +411,7 @@ class Orpo(ReferenceFreeLoss):
     """Odds-ratio preference optimization."""
 
     formula: ClassVar[str] = "-log pi(c)/|c| - odds_weight log s(log odds(c) - log odds(r)), odds of exp(log pi/|y|)"
-    paper: ClassVar[str] = "Hong et al. 2024, ORPO (arXiv 2403.07691), eq. 6"
+    paper: ClassVar[str] = "Hong et al. 2024, ORPO (arXiv 2403.07691), eq. 6 and 7"
     use_when: ClassVar[str] = "From a base model, without a stage of fine-tuning before."
 
     name: Literal["orpo"] = "orpo"
@@ -419,7 +422,7 @@ class Cpo(ReferenceFreeLoss):
     """Contrastive preference optimization."""
 
     formula: ClassVar[str] = "-log s(beta (log pi(c) - log pi(r))) - nll_weight log pi(c)/|c|"
-    paper: ClassVar[str] = "Xu et al. 2024, Contrastive Preference Optimization (arXiv 2401.08417)"
+    paper: ClassVar[str] = "Xu et al. 2024, Contrastive Preference Optimization (arXiv 2401.08417), eq. 3"
     use_when: ClassVar[str] = "Chosen responses are of high quality (translation): it also imitates them."
 
     name: Literal["cpo"] = "cpo"

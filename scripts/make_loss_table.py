@@ -39,10 +39,11 @@ NOTES = """## Choices
 - `bco_pair`, `bco` and `beta_dpo` shift by running means; where none is given, by the mean over what is handed in.
 - `beta_dpo` keeps the pairs nearest to the running mean, where the paper draws them with normal weights: the likeliest
   draw, and repeatable. Margins are in nats, without beta, as in the authors' code.
-- `madpo` weights DPO by the score gap as the paper does; the curve of the weight is our own.
+- `madpo` takes its weights from the author's code; a score gap is taken as log-odds, which a reward model's is.
 - `xpo` takes its bonus over both responses of a pair, which all come from the sampling policy here.
 - `bco` leaves out the paper's density-ratio weights.
 - `cpo` and `orpo` take the likelihood of response tokens only, per token; `cpo`'s preference term is of sums.
+- [trl.md](trl.md) has the losses beside TRL's, measured, with what differs and why.
 - exp(-alpha log u) in `f_dpo` and `alphapo` goes on as a straight line past exp(20), and `orpo` holds mean
   log-probabilities at or below -1e-6: all losses and gradients are finite for log-probabilities of +-10,000.
 """

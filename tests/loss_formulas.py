@@ -135,9 +135,12 @@ def odpo(x, base, beta, alpha, transform):
     return -np.log(s(beta * margin(x) - alpha * (np.log(gap) if transform == "log" else gap)))
 
 
-def madpo(x, base, beta, hard_weight, easy_weight, threshold, scale):
-    hard = s((threshold - x["chosen_scores"] + x["rejected_scores"]) / scale)
-    return (hard * hard_weight + (1 - hard) * easy_weight) * -np.log(s(beta * margin(x)))
+def madpo(x, base, beta, amplify, dampen, threshold, steepness):
+    h = x["chosen_scores"] - x["rejected_scores"]
+    k = (amplify - 1) / (1 - dampen)
+    c = dampen + (amplify - dampen) / (1 + k * np.exp(steepness * (np.abs(h) - threshold)))
+    weight = np.where(h > -threshold, s(c * h) / s(h), 1)
+    return weight * -np.log(s(beta * margin(x)))
 
 
 def beta_dpo(x, base, beta, alpha, keep):

@@ -37,7 +37,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "r_dpo": [{"alpha": 0.05}],
     "dpop": [{"penalty": 2.0, "beta": 0.1}],
     "odpo": [{"transform": "identity"}, {"alpha": 0.4}],
-    "madpo": [{"hard_weight": 3.0, "easy_weight": 0.0, "threshold": 0.5, "scale": 0.3}],
+    "madpo": [{"amplify": 4.0, "dampen": 0.0, "threshold": 0.5, "steepness": 3.0}],
     "beta_dpo": [{"keep": 1.0}, {"keep": 0.4, "beta": 0.5}, {"alpha": 20.0}],
     "f_dpo": [
         {"divergence": "reverse_kl"},
@@ -195,7 +195,7 @@ def test_dpo_by_hand():
         ("r_dpo", {"alpha": 0.1}, math.log(1 + math.exp(-0.5))),
         ("odpo", {}, math.log(2)),  # log of the gap 1 is 0
         ("odpo", {"transform": "identity"}, math.log(1 + math.e)),
-        ("madpo", {}, 1.25 * math.log(2)),  # the gap is the threshold: half way from 2 to 0.5
+        ("madpo", {"threshold": 1.0}, math.log(2)),  # the gap is the threshold: the weight is 1
         ("f_dpo", {}, math.log(2)),
         ("xpo", {"alpha": 0.01}, math.log(2) - 0.1),
         ("simpo", {"beta": 2.0, "gamma": 0.5}, math.log(1 + math.exp(-1.5))),  # 2 * (-1 + 2) - 0.5
@@ -228,7 +228,7 @@ def test_numbers_by_hand_where_policy_is_reference(name, options, expected):
         ("r_dpo", {"alpha": 0}),
         ("dpop", {"penalty": 0, "beta": 0.1}),
         ("odpo", {"alpha": 0}),
-        ("madpo", {"hard_weight": 1, "easy_weight": 1}),
+        ("madpo", {"amplify": 1 + 1e-12, "dampen": 1 - 1e-12}),
         ("beta_dpo", {"alpha": 0, "keep": 1}),
         ("f_dpo", {"divergence": "reverse_kl"}),
         ("xpo", {"alpha": 0}),
@@ -237,6 +237,39 @@ def test_numbers_by_hand_where_policy_is_reference(name, options, expected):
 def test_special_cases_are_dpo(name, options):
     t = tensors(paired_arrays())
     torch.testing.assert_close(losses(config(name, **options), t), losses(config("sigmoid"), t))
+
+
+def test_madpo_on_labels_of_a_reward_model_teaches_its_margin_times_a_factor():
+    gap, threshold, amplify, dampen = 1.2, 2.0, 3.0, 0.4
+    k = (amplify - 1) / (1 - dampen)
+    factor = dampen + (amplify - dampen) / (1 + k * math.exp(gap - threshold))
+    loss = config("madpo", beta=0.1, amplify=amplify, dampen=dampen, threshold=threshold)
+    better = 1 / (1 + math.exp(-gap))  # how often the response of the higher score is the chosen one
+
+    def slope(margin: float) -> float:
+        """Of the expected loss in the margin of the response of the higher score."""
+        moved = torch.tensor([margin], dtype=torch.float64, requires_grad=True)
+        none, zero = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        t = {name: none for name in tensor_parameters(FUNCTIONS["madpo"])}
+        scores = {"chosen_scores": zero + gap, "rejected_scores": zero}
+        flipped = {"chosen_scores": zero, "rejected_scores": zero + gap}
+        right = losses(loss, {**t, **scores, "chosen_logps": moved})
+        wrong = losses(loss, {**t, **flipped, "rejected_logps": moved})
+        (better * right + (1 - better) * wrong).sum().backward()
+        assert moved.grad is not None
+        return moved.grad.item()
+
+    assert slope(factor * gap / 0.1) == pytest.approx(0, abs=1e-9)
+    assert slope(factor * gap / 0.1 - 1) < -1e-5
+    assert slope(factor * gap / 0.1 + 1) > 1e-5
+
+
+def test_madpo_leaves_labels_against_clear_scores_as_they_are():
+    t = tensors(paired_arrays())
+    t["chosen_scores"] = t["rejected_scores"] - 2.5
+    torch.testing.assert_close(losses(config("madpo"), t), losses(config("sigmoid"), t))
+    t["chosen_scores"] = t["rejected_scores"] - 1.5
+    assert (losses(config("madpo"), t) < losses(config("sigmoid"), t)).all()
 
 
 def test_dpop_is_dpo_where_the_chosen_response_grew_likelier():

@@ -56,8 +56,9 @@ def cpo(
 ) -> Tensor:
     """CPO: -log s(beta (log pi(c) - log pi(r))) - nll_weight log pi(c)/|c|.
 
-    Xu et al. 2024, "Contrastive Preference Optimization". The likelihood term is per token, as in the authors' code.
-    Fails on pairs of unlike lengths: sums without a reference favour the shorter response.
+    Xu et al. 2024, "Contrastive Preference Optimization", eq. 3 and the likelihood of the chosen response, here per
+    token and then per response (the authors' code takes the mean over a batch's tokens). Fails on pairs of unlike
+    lengths: sums without a reference favour the shorter response.
     """
     return -F.logsigmoid(beta * (chosen_logps - rejected_logps)) - nll_weight * chosen_logps / chosen_lengths
 

@@ -7,6 +7,7 @@ m = a - b their margin, s the sigmoid, |c| and |r| the lengths.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -33,7 +34,8 @@ def ln_dpo(
 ) -> Tensor:
     """Length-normalised DPO: -log s(beta (a/|c| - b/|r|)).
 
-    Lambert et al. 2024, "Tulu 3". Fails with a beta of DPO's size: log-ratios per token are small, take about 5.
+    Ahrabian et al. 2024, "The Hitchhiker's Guide to Human Alignment with *PO" (LN-DPO), and Lambert et al. 2024,
+    "Tulu 3", which trains with beta 5. Fails with a beta of DPO's size: log-ratios per token are small.
     """
     a = (chosen_logps - reference_chosen_logps) / chosen_lengths
     b = (rejected_logps - reference_rejected_logps) / rejected_lengths
@@ -97,9 +99,10 @@ def dpop(
 ) -> Tensor:
     """DPO-positive: -log s(beta (m - penalty max(0, -a))).
 
-    Pal et al. 2024, "Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive". While the chosen
-    response is less likely than under the reference, its gradient is 1 + penalty times as strong. Fails by becoming
-    supervised fine-tuning where the penalty is large.
+    Pal et al. 2024, "Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive", eq. 3 with the brackets
+    of its version of July 2024 (before, the penalty stood outside of beta). While the chosen response is less likely
+    than under the reference, its gradient is 1 + penalty times as strong; the authors saw little change for penalties
+    of 5 to 500. Fails by becoming supervised fine-tuning where the penalty is large.
     """
     a, b = chosen_logps - reference_chosen_logps, rejected_logps - reference_rejected_logps
     return -F.logsigmoid(beta * (a - b - penalty * torch.relu(-a)))
@@ -137,20 +140,26 @@ def madpo(
     rejected_scores: Tensor,
     *,
     beta: float,
-    hard_weight: float,
-    easy_weight: float,
+    amplify: float,
+    dampen: float,
     threshold: float,
-    scale: float,
+    steepness: float,
 ) -> Tensor:
-    """Margin-adaptive DPO: -w(gap) log s(beta m), gap = chosen_scores - rejected_scores.
+    """Margin-adaptive DPO: -w log s(beta m), w = s(c h) / s(h), h = chosen_scores - rejected_scores.
 
-    After Rho 2025, "Margin Adaptive DPO": DPO weighted by the reward model's margin, amplified for small ones, damped
-    to a constant for large ones. The curve is ours: w = easy + (hard - easy) s((threshold - gap) / scale). Fails where
-    small gaps are the judge's noise: those are the pairs that it amplifies.
+    Rho 2025, "Margin Adaptive DPO", as the author's code has it: c = dampen + (amplify - dampen) / (1 + k e^(steepness
+    (|h| - threshold))), k = (amplify - 1) / (1 - dampen), so that c goes from near amplify at h = 0 through 1 at the
+    threshold to dampen. Weighted so, labels drawn from a reward model of margin h teach the margin c h. w is 1 where
+    h <= -threshold (a label against clear scores). Fails where scores are not log-odds, as a reward model's are: h is
+    taken as log P / (1 - P) of the label.
     """
     margins = (chosen_logps - reference_chosen_logps) - (rejected_logps - reference_rejected_logps)
-    hardness = torch.sigmoid((threshold - (chosen_scores - rejected_scores)) / scale)
-    return -(easy_weight + (hard_weight - easy_weight) * hardness) * F.logsigmoid(beta * margins)
+    gap = chosen_scores - rejected_scores
+    shift = math.log((amplify - 1) / (1 - dampen))
+    factor = dampen + (amplify - dampen) * torch.sigmoid(-steepness * (gap.abs() - threshold) - shift)
+    weights = (F.logsigmoid(factor * gap) - F.logsigmoid(gap)).exp()
+    weights = torch.where(gap > -threshold, weights, torch.ones_like(weights))
+    return -weights * F.logsigmoid(beta * margins)
 
 
 def beta_dpo(
@@ -170,8 +179,9 @@ def beta_dpo(
     in nats without beta, and beta' has no gradient and is held at or above SMALLEST_BETA. Only the share `keep` of the
     pairs counts, those nearest to m0: the authors draw them with normal weights around m0, this takes the likeliest
     draw, so that it is repeatable. The others' losses are 0 and these weigh more, which makes the mean over B that over
-    the kept. m0 is the running mean of m; where it is not given, the batch's own, and then beta' moves by the filter
-    alone. Fails in small batches, whose mean is noise.
+    the kept. m0 is the running mean of m, the authors' 0.9 times the last one plus 0.1 times this batch's, from 0 on;
+    where it is not given, the batch's own, and then beta' moves by the filter alone. Fails in small batches, whose mean
+    is noise.
     """
     margins = (chosen_logps - reference_chosen_logps) - (rejected_logps - reference_rejected_logps)
     with torch.no_grad():
@@ -196,8 +206,9 @@ def wpo(
     """Weighted DPO: -w log s(beta m), w = min(1, exp(chosen_weight_logps + rejected_weight_logps)), without a gradient.
 
     Zhou et al. 2024, "WPO: Enhancing RLHF with Weighted Preference Optimization", sampled alignment: a response's
-    weight is the geometric mean over its tokens of p / sum_v p_v^2, about 1 for what the policy itself would sample.
-    The bound at 1 is the authors' code's. Fails on pairs that are all off-policy: weights near 0, no learning.
+    weight is the geometric mean over its tokens of p / sum_v p_v^2 (eq. 2), about 1 for what the policy itself would
+    sample; a pair's is the product of its two. The bound at 1 is the authors' code's. Fails on pairs that are all
+    off-policy: weights near 0, no learning.
     """
     margins = (chosen_logps - reference_chosen_logps) - (rejected_logps - reference_rejected_logps)
     weights = (chosen_weight_logps + rejected_weight_logps).detach().clamp(max=0).exp()

@@ -36,8 +36,8 @@ def kto(
     """KTO: desirable w_d (1 - s(beta (a - kl))), undesirable w_u (1 - s(beta (kl - a))); kl without a gradient.
 
     Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", eq. 8. The paper advises
-    w_d n_d / (w_u n_u) between 1 and 4/3 for n_d and n_u labels of each kind. Fails with kl estimated over few
-    responses, and where one kind of label is rare and not weighted up.
+    w_d n_d / (w_u n_u) between 1 and 3/2 for n_d and n_u labels of each kind (eq. 9; 4/3 in its first version). Fails
+    with kl estimated over few responses, and where one kind of label is rare and not weighted up.
     """
     signs = _either(desirable, 1.0, -1.0, logps)
     shifted = logps - reference_logps - kl.detach()
