@@ -41,3 +41,11 @@ class SyncError(OnlinePOError):
 
 class EngineError(OnlinePOError):
     """An inference engine could not start, or died."""
+
+
+class NonFiniteError(OnlinePOError):
+    """A loss or gradient was NaN or infinite; the step was not applied."""
+
+
+class GuardError(OnlinePOError):
+    """A guard ended the run (`guards`); what was finished is kept."""
