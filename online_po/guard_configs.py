@@ -13,10 +13,7 @@ from online_po.sections import Section
 
 Action = Literal["off", "warn", "stop", "roll_back"]
 
-ACTION = (
-    "off. warn: say it. stop: say it and end the run; `online-po resume` goes on past it. roll_back: go back to the "
-    "last good round and on from there with new sampling seeds."
-)
+ACTION = "What it does when it fires, see docs/guards.md."
 
 
 class Guard(Section):
@@ -34,7 +31,7 @@ class KlGuard(Guard):
     """KL of the policy to the reference, and to the start, above a bound."""
 
     sees = "`kl_reference` or `kl_start` of the sampling policy above `max_nats`"
-    remedy = "raise loss.beta, lower learner.learning_rate, or refresh the reference less often"
+    remedy = "raise loss.beta, or lower learner.learning_rate or learner.epochs"
 
     max_nats: float = Field(30.0, gt=0, description="Largest KL, in nats a response.")
 
@@ -118,8 +115,7 @@ class NonFiniteGuard(Guard):
 
     action: Literal["warn", "stop", "roll_back"] = Field(
         "warn",
-        description="warn: leave the step out and say so. stop: end the run. roll_back: go back to the last good "
-        "round and on from there with new sampling seeds.",
+        description="warn: the step is left out, and said so. stop: the run ends before the round is committed.",
     )
 
 

@@ -126,7 +126,7 @@ def _length(guard: LengthGuard, row: Row, earlier: Sequence[Row]) -> str | None:
     if ratio is None or ratio <= guard.max_ratio:
         return None
     return (
-        f"responses have {row['length_mean']:.0f} tokens on average, {ratio:.2g} times round 1's, above "
+        f"responses have {row['length_mean']:.0f} tokens on average, {ratio:.3g} times round 1's, above "
         f"guards.length.max_ratio = {guard.max_ratio:g}"
     )
 

@@ -288,8 +288,7 @@ class LearnerConfig(Section):
 
 
 class EarlyStopConfig(Section):
-    """Ends the run where the held-out score stops rising; the best policy's weights stay, whatever
-    run.keep_checkpoints says."""
+    """Ends the run where the held-out score stops rising. The best policy's weights are never pruned."""
 
     patience: int = Field(
         3, ge=1, description="The run ends after so many evaluations on end without a gain over the best."
