@@ -52,8 +52,8 @@ def run_rounds(parts: Parts) -> list[dict[str, Any]]:
                 break
             except RollBack as wanted:
                 _drop(parts, sampling)
+                # What the generators hold may be gone now; what they are asked for next is older, so it is synced.
                 last = go_back(parts, wanted)
-                holder.forget(last)
                 retention.forget()
     finally:
         parts.stopping.set()
@@ -203,11 +203,6 @@ class _WeightHolder:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.held: int | None = None
-
-    def forget(self, newest: int) -> None:
-        """The run went back to round `newest`: a later version of the same number is another policy."""
-        if self.held is not None and self.held > newest:
-            self.held = None
 
     def take(self, version: int, round_: int) -> None:
         """Syncs the generators to a committed version, with proof, and evaluates it if that is due.

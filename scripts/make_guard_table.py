@@ -33,8 +33,8 @@ guards:
   flat: {action: off}
 ```
 """
-TAIL = """**shown by**: whose fault it is. What a round's responses show is shown by the policy that sampled them; the rest by
-the policy that the round made.
+TAIL = """**shown by**: the policy at fault. What a round's responses show is the fault of the policy that sampled them,
+the rest that of the policy that the round made.
 
 ## Going back
 
