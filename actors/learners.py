@@ -16,7 +16,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from actors import cluster
 from online_po.batching import COLUMNS
 from online_po.config import Config
-from online_po.errors import OnlinePOError, first_line
+from online_po.errors import NonFiniteError, OnlinePOError, first_line
 from online_po.types import Policy
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
@@ -64,6 +64,7 @@ class _Rank:
             self.config.loss,
             seed=self.config.run.seed,
             rounds=self.config.loop.rounds,
+            skip_nonfinite=self.config.guards.nonfinite.action == "warn",
         )
 
     def call(self, method: str, *args: Any) -> Any:
@@ -203,9 +204,10 @@ class LearnerGroup:
 
     def _failure(self, error: RayError, waiting: list[Any]) -> Exception:
         """What to raise for a rank's error. With several ranks the group ends, since it is no longer in step, and
-        an error made on purpose, or a rank's death, goes before the broken connections it left with the others."""
+        an error made on purpose, or a rank's death, goes before the broken connections it left with the others.
+        A loss that is not finite is seen by all ranks at once, from the same sums: they stay in step."""
         failures = [_original(error)]
-        if len(self._ranks) > 1:
+        if len(self._ranks) > 1 and not isinstance(failures[0], NonFiniteError):
             if not isinstance(failures[0], OnlinePOError) and waiting:
                 done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=BLAME_SECONDS)
                 for ref in done:

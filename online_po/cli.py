@@ -87,13 +87,20 @@ def report(
 def export(
     run: RunFolder,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the model to.", show_default=False)],
-    round_: Annotated[int | None, typer.Option("--round", help="Round to export; default: the last one.")] = None,
+    round_: Annotated[
+        int | None,
+        typer.Option("--round", help="Round to export; default: the last one, or with eval.early_stop the best."),
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA adapter into the starting model.")] = False,
 ) -> None:
     """Copy a policy out of a run: a folder that transformers and vLLM load."""
+    from online_po.export import default_round
     from online_po.export import export as export_policy
 
-    typer.echo(export_policy(run, out, round_, merge))
+    round_ = default_round(run) if round_ is None else round_
+    path = export_policy(run, out, round_, merge)
+    typer.echo(f"the policy of round {round_}:", err=True)
+    typer.echo(path)
 
 
 def _run(start: Callable[[list[Observer], Callable[[Plan], None]], RunResult]) -> None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ValidationError, model_validato
 from yaml.nodes import MappingNode, Node, ScalarNode
 
 from online_po.errors import ConfigError
+from online_po.guard_configs import GuardsConfig, check_guards
 from online_po.loss_configs import LOSS_BY_NAME, LossName, Sigmoid
 from online_po.sections import (
     BetaControlConfig,
@@ -60,6 +61,7 @@ class Config(Section):
     reference: ReferenceConfig = ReferenceConfig()  # type: ignore[call-arg]
     learner: LearnerConfig = LearnerConfig()  # type: ignore[call-arg]
     eval: EvalConfig = EvalConfig()  # type: ignore[call-arg]
+    guards: GuardsConfig = GuardsConfig()  # type: ignore[call-arg]
     ray: RayConfig = RayConfig()  # type: ignore[call-arg]
 
     @model_validator(mode="before")
@@ -126,6 +128,13 @@ class Config(Section):
                 f"run.keep_checkpoints is {kept}, but with loop.max_staleness = {self.loop.max_staleness} older "
                 f"weights are still sampled from; keep at least {self.loop.max_staleness + 1}"
             )
+        check_guards(
+            self.guards,
+            keep_checkpoints=kept,
+            max_staleness=self.loop.max_staleness,
+            measures_kl=self.reference.kind != "none" or self.measures_kl_to_start,
+            evaluates=self.eval.every > 0,
+        )
         if self.eval.every == 0 and (self.prompts.heldout_path or self.prompts.heldout_size):
             raise ValueError("eval.every is 0 but held-out prompts are given; drop them or evaluate")
         if self.eval.every > 0 and not (self.prompts.heldout_path or self.prompts.heldout_size):
@@ -231,13 +240,14 @@ class Config(Section):
 
     def _refuse_inert(self) -> None:
         """A setting that would be ignored beside another one is refused, not ignored."""
+        evaluation = ("responses_per_prompt", "temperature", "bootstrap_samples", "early_stop")
         vllm_only = ("cpu_kv_cache_gib", "gpu_memory_utilization", "enforce_eager")
         rules = [
             (self.pairs.strategy != "top_bottom_k", "pairs", ("k",), "pairs.strategy: top_bottom_k"),
             (self.judge.kind == "rules", "judge", ("timeout_s", "concurrency"), "judge.kind: python"),
             (self.generator.engine != "vllm", "generator", vllm_only, "generator.engine: vllm"),
             (self.learner.schedule == "constant", "learner", ("min_lr_ratio",), "another learner.schedule"),
-            (self.eval.every == 0, "eval", ("responses_per_prompt", "temperature", "bootstrap_samples"), "eval.every"),
+            (self.eval.every == 0, "eval", evaluation, "eval.every above 0"),
         ]
         for inert, section, names, needs in rules:
             model = getattr(self, section)
@@ -271,10 +281,13 @@ class Config(Section):
 
         Model and prompts are compared by content, see `Ledger.require_same`: the prompts by a hash of all they say
         and of their tokens, the model by its config and the sizes of its weights, then by a probe."""
-        return self.model_dump(
+        shapes = self.model_dump(
             mode="json",
             exclude={
                 "ray": True,
+                # Guards that roll back are added below: others only tell, or end the run.
+                "guards": True,
+                "eval": {"early_stop"},
                 "run": {"name", "dir", "tensorboard", "keep_checkpoints"},
                 "model": {"path", "revision"},
                 "prompts": {"path", "dataset", "subset", "split", "heldout_path"},
@@ -283,6 +296,8 @@ class Config(Section):
                 "learner": {"threads"},
             },
         )
+        rolling = self.guards.model_dump(mode="json", include=set(self.guards.rolling_back))
+        return shapes | ({"guards": rolling} if rolling else {})
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

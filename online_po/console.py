@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from online_po import guard_view
 from online_po.run_view import RunView, duration, interval, load_run_view, number, plural, side_of_half, verdict
 
 if TYPE_CHECKING:
@@ -141,12 +142,18 @@ class ConsoleObserver:
             duration(summary["wall_seconds"]),
         ]
         self._print(f"round {summary['round']}{self._of()}  " + " · ".join(parts), style="bold")
+        self._guards(summary)
 
     def evaluation(self, summary: dict[str, Any]) -> None:
         text = f"policy {summary['policy_version']} on held-out prompts: score {interval(summary['score'])}"
         if (comparison := summary["versus_start"]) is not None:
             text += f" · win rate against the start {interval(comparison['win_rate'], percent=True)}"
         self._print(text, style="cyan")
+        self._guards(summary)
+
+    def _guards(self, summary: Mapping[str, Any]) -> None:
+        for finding in summary.get("guards", []):
+            self._print(f"guard {finding['name']}: {finding['message']}", style="bold yellow")
 
     def message(self, text: str) -> None:
         self._print(text, style="dim")
@@ -168,6 +175,8 @@ class ConsoleObserver:
 
 
 def _learned(metrics: Mapping[str, float]) -> str:
+    if "loss" not in metrics:  # left out, since it was not finite
+        return "loss not finite"
     return f"loss {metrics['loss']:.3f} · accuracy {100 * metrics['accuracy']:.0f}%"
 
 
@@ -206,10 +215,14 @@ def _win_rate(comparison: Mapping[str, Any] | None) -> Text:
 
 
 def print_result(view: RunView, console: Console | None = None) -> None:
-    """The verdict and the final table of a run."""
+    """The verdict, the final table and the best policy of a run, and what guards saw."""
     found = verdict(view)
-    content = _group(Text(found.sentence, style=TONES[found.tone]), final_table(view))
-    (console or Console()).print(Padding(content, (1, 0)))
+    parts: list[RenderableType] = [Text(found.sentence, style=TONES[found.tone]), final_table(view)]
+    if (best := guard_view.best(view)) is not None:
+        parts.append(Text(best))
+    if lines := guard_view.latest(view):
+        parts.append(Text("\n".join(lines), style="yellow"))
+    (console or Console()).print(Padding(_group(*parts), (1, 0)))
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:

@@ -27,10 +27,6 @@ class LedgerError(OnlinePOError):
     """The run folder is missing, in use, damaged, or belongs to another config."""
 
 
-class NonFiniteError(OnlinePOError):
-    """Loss or gradients of a step are not finite; the step was not applied."""
-
-
 class NoPairsError(OnlinePOError):
     """A round produced not a single usable pair."""
 
@@ -45,3 +41,11 @@ class SyncError(OnlinePOError):
 
 class EngineError(OnlinePOError):
     """An inference engine could not start, or died."""
+
+
+class NonFiniteError(OnlinePOError):
+    """A loss or gradient was NaN or infinite; the step was not applied."""
+
+
+class GuardError(OnlinePOError):
+    """A guard ended the run (`guards`); what was finished is kept."""

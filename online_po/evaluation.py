@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from typing import Any, TypedDict
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +49,8 @@ class EvalSummary(TypedDict):
     truncated_share: float | None
     versus_start: Comparison | None
     versus_previous: Comparison | None
+    attempt: NotRequired[int]  # roll-backs before it was made; the loop adds this and `guards`
+    guards: NotRequired[list[dict[str, Any]]]  # what guards saw, see `online_po.guards.Finding`
 
 
 def summarise(
@@ -143,3 +146,24 @@ def bootstrap(values: np.ndarray, samples: int, seed: int) -> Interval | None:
         means[begin : begin + len(draws)] = values[draws].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return {"mean": mean, "low": float(low), "high": float(high)}
+
+
+def best_version(scores: Mapping[int, float]) -> int | None:
+    """The policy version with the highest mean held-out score, the oldest of equals; None without any.
+
+    `scores`: version -> mean, oldest first."""
+    return max(scores, key=lambda version: scores[version], default=None)
+
+
+def early_stop(scores: Mapping[int, float], patience: int, min_gain: float) -> int | None:
+    """The policy version at which a run ends early: the last of `patience` evaluations on end that were no more than
+    `min_gain` above the best before them; None while there is none. `scores`: version -> mean, oldest first."""
+    best, waited = -math.inf, 0
+    for version, score in scores.items():
+        if score > best + min_gain:
+            best, waited = score, 0
+            continue
+        waited += 1
+        if waited >= patience:
+            return version
+    return None

@@ -7,25 +7,25 @@ import shutil
 from pathlib import Path
 
 from online_po.errors import ConfigError
+from online_po.evaluation import best_version
 from online_po.files import TMP, atomic_folder
 from online_po.ledger import Ledger
 from online_po.plan import resolve_model
+from online_po.retention import heldout_scores
 from online_po.sections import ModelConfig
 
 
 def export(run_dir: Path, out: Path, round_: int | None = None, merge: bool = False) -> Path:
-    """Writes the policy of a round (default: the last committed one) to `out`; returns it as an absolute path.
+    """Writes the policy of a round (default: `default_round`) to `out`; returns it as an absolute path.
 
     Full weights are copied as they are; a LoRA adapter is copied as an adapter that names the starting model as
     model.path does, or with `merge` added to the starting model's weights. Raises ConfigError for a round
     or folder that cannot be used and LedgerError for weights that are gone or damaged.
     """
     ledger = Ledger.open(run_dir)
-    last = ledger.last_committed()
-    if not last:
-        raise ConfigError(f"run {str(run_dir)!r} has no trained round yet; nothing to export")
     if round_ is None:
-        round_ = last
+        round_ = default_round(run_dir)
+    last = _last(ledger)
     if not 1 <= round_ <= last:
         raise ConfigError(f"--round is {round_}; run {str(run_dir)!r} has trained rounds 1 to {last}")
     written, out = out, out.resolve()
@@ -44,6 +44,29 @@ def export(run_dir: Path, out: Path, round_: int | None = None, merge: bool = Fa
         else:
             _merge(resolve_model(ledger.config()), policy.path, folder)
     return out
+
+
+def default_round(run_dir: Path) -> int:
+    """The round whose policy is exported unless said: the best one evaluated where eval.early_stop is on, else the last
+    committed. Raises ConfigError where that is the start, which is exported nowhere."""
+    ledger = Ledger.open(run_dir)
+    last = _last(ledger)
+    if ledger.config().eval.early_stop is None:
+        return last
+    best = best_version(heldout_scores(ledger, last))
+    if best == 0:
+        raise ConfigError(
+            "eval.early_stop is on, so the best policy is exported, but no round scored higher on the held-out prompts "
+            "than the starting model; give --round for one of them"
+        )
+    return last if best is None else best
+
+
+def _last(ledger: Ledger) -> int:
+    last = ledger.last_committed()
+    if not last:
+        raise ConfigError(f"run {str(ledger.root)!r} has no trained round yet; nothing to export")
+    return last
 
 
 def _name_start(path: Path, model: ModelConfig) -> None:

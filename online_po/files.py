@@ -69,6 +69,15 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
+def move_folder(path: Path, to: Path) -> None:
+    """Renames a folder, durably; the one it goes into is made."""
+    with _explained(to):
+        _make_folder(to.parent)
+        os.replace(path, to)
+        _fsync(to.parent)
+        _fsync(path.parent)
+
+
 def _make_folder(path: Path) -> None:
     """mkdir -p whose result survives a loss of power."""
     if path.is_dir():

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -279,16 +279,13 @@ class Ledger:
             f"from round {round_ - 1}, if run.keep_checkpoints left its weights"
         )
 
-    def prune(self, newest: int, keep: int | None, needed: int, since: int | None = None) -> None:
-        """Deletes weights and optimizer state of rounds older than the `keep` newest, but for `needed`
-        (the reference) whose policy stays. `since`: the round before was pruned, with this reference: looks only
-        at what may go since then."""
-        if keep is None:
-            return
+    def prune(self, newest: int, keep: int, spared: Mapping[int, Collection[str]], only: Iterable[int] | None) -> None:
+        """Deletes weights and optimizer state of rounds older than the `keep` newest, but for those of
+        `WEIGHT_FOLDERS` that `spared` names for a round. `only`: the rounds to look at; None: all."""
         old = range(1, newest - keep + 1)
-        for round_ in old if since is None else {since, newest - keep} & set(old):
+        for round_ in old if only is None else sorted(set(only)):
             for name in WEIGHT_FOLDERS:
-                if not (name == "policy" and round_ == needed):
+                if round_ in old and name not in spared.get(round_, ()):
                     files.remove_folder(self.round_dir(round_) / name)
 
     @contextmanager
@@ -388,6 +385,10 @@ class Ledger:
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         files.write_text(self.round_dir(round_) / "metrics.jsonl", text)
 
+    def round_row(self, round_: int) -> dict[str, Any]:
+        """The round's own row of its metrics: the last one."""
+        return json.loads((self.round_dir(round_) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+
     def steps_committed(self) -> int:
         """Optimizer steps of all committed rounds."""
         files_ = (self.round_dir(r) / "metrics.jsonl" for r in range(1, (self.last_committed() or 0) + 1))
@@ -407,6 +408,49 @@ class Ledger:
     def evaluation_summary(self, round_: int) -> dict[str, Any] | None:
         path = self.round_dir(round_) / "eval.json"
         return files.read_json(path) if path.exists() else None
+
+    # -- what guards did -------------------------------------------------------------------------
+
+    def roll_backs(self) -> list[dict[str, Any]]:
+        """Roll-backs so far, oldest first: {"from": round, "to": round, "guard", "message", "done"}."""
+        return self._acts("roll_backs.json")
+
+    @property
+    def attempt(self) -> int:
+        """How often the run was rolled back; part of the seeds that rounds are sampled by from then on."""
+        return len(self.roll_backs())
+
+    def roll_back(self, *, since: int, to: int, guard: str, message: str) -> None:
+        """Takes all rounds after `to` out of the run, into rolled_back/NNN. `since`: the round that the guard fired in.
+
+        The record is written first: a kill in between can neither lose what a guard saw, nor the number of the
+        attempt. `finish_roll_back` then does the rest.
+        """
+        record = {"from": since, "to": to, "guard": guard, "message": message, "done": False}
+        files.write_json(self.root / "roll_backs.json", [*self.roll_backs(), record])
+        self.finish_roll_back()
+
+    def finish_roll_back(self) -> None:
+        """Moves what the last roll-back has not moved yet, newest first; nothing where it is done."""
+        *earlier, last = self.roll_backs() or [{"done": True}]
+        if last["done"]:
+            return
+        folder = self.root / "rolled_back" / f"{len(earlier) + 1:03d}"
+        for round_ in reversed(self.rounds()):
+            if round_ > last["to"]:
+                files.move_folder(self.round_dir(round_), folder / f"{round_:06d}")
+        files.write_json(self.root / "roll_backs.json", [*earlier, last | {"done": True}])
+
+    def guard_stops(self) -> list[dict[str, Any]]:
+        """Where guards ended the run, oldest first: {"round" (or policy version), "attempt", "guard", "message"}."""
+        return self._acts("guard_stops.json")
+
+    def write_guard_stop(self, stop: dict[str, Any]) -> None:
+        files.write_json(self.root / "guard_stops.json", [*self.guard_stops(), stop])
+
+    def _acts(self, name: str) -> list[dict[str, Any]]:
+        path = self.root / name
+        return files.read_json(path) if path.exists() else []
 
     def _part(self, round_: int, kind: str, part: int) -> Path:
         return self.round_dir(round_) / kind / f"part-{part:05d}.parquet"

@@ -8,15 +8,20 @@ staleness 0 it waits for the round before it, with more it runs while that one t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
+import pyarrow as pa
+
 from online_po.config import Config
-from online_po.errors import ConfigError, LedgerError
-from online_po.evaluation import summarise
+from online_po.errors import ConfigError, LedgerError, NonFiniteError
+from online_po.evaluation import best_version, compare, early_stop, summarise
+from online_po.guards import Finding, evaluation_findings
 from online_po.judging import check_failure_rate
 from online_po.ledger import Ledger
 from online_po.parts import Parts
+from online_po.retention import Retention, heldout_scores
+from online_po.roll_back import RollBack, act, go_back, load_round, unsettled
 from online_po.round import probe_of, request, sample_round, train_round
 from online_po.seeds import stable_seed
 from online_po.tables import evaluation_to_table
@@ -34,31 +39,90 @@ def run_rounds(parts: Parts) -> list[dict[str, Any]]:
     """Runs every round the ledger does not hold yet; returns the evaluation summaries, oldest first.
 
     The generators prove what they hold before they sample: at the start, after each commit, after a
-    resume. Raises what the parts raise; the ledger then holds all that was finished.
+    resume. Raises what the parts raise, and GuardError where a guard ends the run; the ledger then holds all
+    that was finished.
     """
-    config, ledger = parts.config, parts.ledger
-    first = _restore(parts) + 1
-    rounds, staleness = config.loop.rounds, config.loop.max_staleness
-    holder = _WeightHolder(parts)
-
-    def sample(round_: int) -> None:
-        holder.take(max(0, round_ - 1 - staleness), round_)
-        sample_round(parts, round_)
-
-    sampling: dict[int, Future[None]] = {}
+    last = _restore(parts)
+    holder, retention = _WeightHolder(parts), Retention(parts.config, parts.ledger)
     try:
-        for round_ in range(first, rounds + 1):
-            for ahead in range(round_, min(round_ + staleness, rounds) + 1):
-                if ahead not in sampling:
-                    sampling[ahead] = parts.sampler.submit(sample, ahead)
-            sampling[round_].result()
-            train_round(parts, round_)
-        for version in range(rounds + 1):
-            parts.sampler.submit(holder.evaluate, version, rounds + 1).result()
+        while True:
+            sampling: dict[int, Future[None]] = {}
+            try:
+                _run_after(parts, last, holder, retention, sampling)
+                break
+            except RollBack as wanted:
+                _drop(parts, sampling)
+                # What the generators hold may be gone now; what they are asked for next is older, so it is synced.
+                last = go_back(parts, wanted)
+                retention.forget()
     finally:
         parts.stopping.set()
         parts.sampler.shutdown(wait=False, cancel_futures=True)
-    return evaluations(ledger)
+    return evaluations(parts.ledger)
+
+
+def _run_after(
+    parts: Parts, last: int, holder: _WeightHolder, retention: Retention, sampling: dict[int, Future[None]]
+) -> None:
+    """Runs the rounds after `last`, and what evaluation is left. What is being sampled is put into `sampling`.
+
+    Raises RollBack where a guard wants to go back.
+    """
+    config, ledger = parts.config, parts.ledger
+    rounds, staleness = config.loop.rounds, config.loop.max_staleness
+
+    def settle(round_: int) -> None:
+        act(ledger, ledger.round_row(round_), round_)
+        retention.prune(round_)
+
+    def sample(round_: int) -> None:
+        version = max(0, round_ - 1 - staleness)
+        if round_ > last_round(config, ledger):
+            return
+        holder.take(version, round_)
+        # What is wrong with the policy is acted on when the round's turn comes, whenever it was sampled.
+        if round_ <= last_round(config, ledger) and not unsettled(ledger, ledger.evaluation_summary(version)):
+            sample_round(parts, round_)
+
+    if last > 0:
+        settle(last)
+    for round_ in range(last + 1, rounds + 1):
+        for ahead in range(round_, min(round_ + staleness, rounds) + 1):
+            if ahead not in sampling:
+                sampling[ahead] = parts.sampler.submit(sample, ahead)
+        sampling[round_].result()
+        act(ledger, ledger.evaluation_summary(max(0, round_ - 1 - staleness)), round_ - 1)
+        if round_ > last_round(config, ledger):
+            break
+        _train(parts, round_)
+        settle(round_)
+    for version in range(rounds + 1):
+        if (stopped := early_stop_version(config, ledger)) is not None and version > stopped:
+            break
+        parts.sampler.submit(holder.evaluate, version, rounds + 1).result()
+        act(ledger, ledger.evaluation_summary(version), last_round(config, ledger))
+    if (stopped := early_stop_version(config, ledger)) is not None:
+        parts.observer.message(f"eval.early_stop: no gain up to policy {stopped}, the run ends")
+
+
+def _train(parts: Parts, round_: int) -> None:
+    """Trains a sampled round; a step that is not finite makes the run go back, if the guard says so."""
+    try:
+        train_round(parts, round_)
+    except NonFiniteError as error:
+        if parts.config.guards.nonfinite.action != "roll_back":
+            raise
+        message = f"{str(error).removesuffix('.')}."
+        raise RollBack(Finding(name="nonfinite", action="roll_back", policy=round_, message=message), round_) from error
+
+
+def _drop(parts: Parts, sampling: dict[int, Future[None]]) -> None:
+    """Ends sampling ahead, for a run that goes back."""
+    parts.stopping.set()
+    for future in sampling.values():
+        future.cancel()
+    wait(sampling.values())
+    parts.stopping.clear()
 
 
 def evaluations(ledger: Ledger) -> list[dict[str, Any]]:
@@ -70,6 +134,7 @@ def evaluations(ledger: Ledger) -> list[dict[str, Any]]:
 def _restore(parts: Parts) -> int:
     """Brings the learner to the last committed round and returns it; a new run commits round 0 first."""
     ledger = parts.ledger
+    ledger.finish_roll_back()
     last = ledger.last_committed()
     if last is None:
         # The probe: a prompt as the policy reads it. Its logps move with every update.
@@ -81,10 +146,7 @@ def _restore(parts: Parts) -> int:
         return 0
     _require_same_start(parts)
     if last > 0:
-        # A run killed between its last commit and the pruning after it prunes now.
-        ledger.prune(last, parts.config.run.keep_checkpoints, ledger.committed(last).reference_round)
-        ledger.verify(last, "trainer")
-        parts.learner.load(ledger.policy(last, parts.start), ledger.round_dir(last) / "trainer")
+        load_round(parts, last)
         parts.observer.message(f"resumed after round {last}")
     return last
 
@@ -102,11 +164,32 @@ def _require_same_start(parts: Parts) -> None:
 
 
 def is_finished(config: Config, ledger: Ledger, evaluates: bool) -> bool:
-    """Whether the ledger holds all rounds and all evaluations that are due. `evaluates`: there are held-out prompts."""
-    if ledger.last_committed() != config.loop.rounds:
+    """Whether the ledger holds all rounds and all evaluations that are due, and guards want nothing any more.
+    `evaluates`: there are held-out prompts."""
+    last = ledger.last_committed()
+    if last is None or last < last_round(config, ledger) or not all(done["done"] for done in ledger.roll_backs()):
         return False
-    due = [v for v in range(config.loop.rounds + 1) if evaluates and _is_due(config, v)]
-    return all(ledger.evaluation_summary(version) is not None for version in due)
+    stopped = early_stop_version(config, ledger)
+    newest = config.loop.rounds if stopped is None else stopped
+    due = [ledger.evaluation_summary(v) for v in range(newest + 1) if evaluates and _is_due(config, v)]
+    if None in due:
+        return False
+    return not any(unsettled(ledger, record) for record in (ledger.round_row(last), *due))
+
+
+def early_stop_version(config: Config, ledger: Ledger) -> int | None:
+    """The policy version whose evaluation ended the run early; None if none did."""
+    rule = config.eval.early_stop
+    if rule is None:
+        return None
+    return early_stop(heldout_scores(ledger, config.loop.rounds), rule.patience, rule.min_gain)
+
+
+def last_round(config: Config, ledger: Ledger) -> int:
+    """The run's last round, as far as is known yet. Where it ends early, rounds that are trained before the policy's
+    evaluation is waited for (`loop.max_staleness`) are still part of it."""
+    stopped = early_stop_version(config, ledger)
+    return config.loop.rounds if stopped is None else min(config.loop.rounds, stopped + config.loop.max_staleness)
 
 
 def _is_due(config: Config, version: int) -> bool:
@@ -190,5 +273,20 @@ def _evaluate(parts: Parts, version: int) -> dict[str, Any]:
         samples=config.eval.bootstrap_samples,
         seed=stable_seed(config.run.seed, "bootstrap"),
     )
+    summary |= {"attempt": ledger.attempt, "guards": _evaluation_findings(parts, version, table)}
     ledger.write_evaluation(version, table, summary)
     return summary
+
+
+def _evaluation_findings(parts: Parts, version: int, table: pa.Table) -> list[Finding]:
+    """What guards see in a policy's evaluation and in the row of the round that made it."""
+    config, ledger = parts.config, parts.ledger
+    accuracy = ledger.round_row(version).get("accuracy") if version else None
+    if accuracy is None or accuracy < config.guards.over_optimisation.min_accuracy:
+        return []
+    best = best_version(heldout_scores(ledger, version - 1))
+    other = ledger.evaluation(best) if best is not None else None
+    if best is None or other is None:
+        return []
+    comparison = compare(table, other, config.eval.bootstrap_samples, stable_seed(config.run.seed, "bootstrap"))
+    return evaluation_findings(config.guards, version, accuracy, best, comparison)

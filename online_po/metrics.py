@@ -1,4 +1,4 @@
-"""Numbers about what was sampled and how it trained. Numpy and the standard library only."""
+"""Numbers about what was sampled and how it trained. Without torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from online_po.types import Group, Judgement, Response
 
@@ -23,8 +25,9 @@ HISTOGRAM_VALUES = 16
 HISTOGRAM_BINS = 32
 """A histogram has at most two bins more than this."""
 
-SUMMED = ("pairs", "tokens", "seconds")
-"""Step metrics that add up over a round; `tokens` are response tokens."""
+SUMMED = ("pairs", "tokens", "seconds", "skipped")
+"""Step metrics that add up over a round; `tokens` are response tokens, `skipped` is 1 for a step that was not finite
+and left out."""
 PER_TOKEN = ("entropy",)
 """Step metrics that are means over response tokens: weighted by those, not by pairs."""
 PER_STEP = ("grad_norm", "learning_rate")
@@ -272,3 +275,21 @@ def _weight(name: str, step: Mapping[str, float]) -> float:
     if name in PER_TOKEN:
         return step["tokens"]
     return step["pairs"]
+
+
+def likelihood_shift(means: Mapping[str, float], pairs: pa.Table) -> dict[str, float]:
+    """chosen_shift, rejected_shift: log(policy while it trained / policy that sampled) of a round's responses, mean
+    over pairs, in nats a response, at temperature 1.
+
+    The same pairs on both sides, so that neither prompts nor the reference enter, and rounds compare. Below zero on
+    both sides is likelihood displacement: the mass goes to responses that nobody judged. `means`: `round_means`.
+    Nothing where steps were left out, or where pairs were not all sampled.
+    """
+    sides = ("chosen", "rejected")
+    if means.get("skipped") or any(f"{side}_logps" not in means for side in sides):
+        return {}
+    names = [f"{side}_sampler_logp" for side in sides]
+    if any(name not in pairs.column_names or pairs[name].null_count for name in names):
+        return {}
+    sampled = {side: pc.mean(pairs[f"{side}_sampler_logp"]).as_py() for side in sides}
+    return {f"{side}_shift": means[f"{side}_logps"] - sampled[side] for side in sides if math.isfinite(sampled[side])}

@@ -265,6 +265,9 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
     saved = 0 if learner.lora is not None else 3 * weights
     # One more than is kept, while a round is being committed.
     kept = min((config.run.keep_checkpoints or loop.rounds) + 1, loop.rounds)
+    if config.guards.rolling_back:
+        # What a roll-back takes out of the run keeps its weights: usually two rounds, and those made ahead.
+        kept += (config.guards.max_roll_backs + 1) * (2 + loop.max_staleness)
     # Text, token ids and float32 logps, compressed: about 10 bytes a token.
     data = loop.rounds * loop.prompts_per_round * n * generator.max_tokens * 10
     cache = generator.cpu_kv_cache_gib * GIB if on_cpu(config) and generator.engine == "vllm" else 0

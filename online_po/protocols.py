@@ -73,6 +73,9 @@ class Learner(Protocol):
         `reference_logps`: {side: (N,) float32} of all sides that `logps` gives; None where no loss needs them.
         `start_logps`: the same under the starting policy, for KL metrics; None leaves them out.
         `betas`: the round's beta of each loss (None: as configured); None: all as configured.
+
+        A step whose loss or gradient is not finite is never applied. With guards.nonfinite.action: warn it is left
+        out, and its metrics hold `skipped`: 1.0 and no value that is not finite; else NonFiniteError is raised.
         """
         ...
 
@@ -87,7 +90,10 @@ class Learner(Protocol):
         ...
 
     def load(self, policy: Policy, trainer_dir: Path) -> None:
-        """Takes back what `save` wrote."""
+        """Takes back what `save` wrote; may be called at any time, also after an update that raised NonFiniteError.
+
+        Version 0 is the start, which has no trainer folder: weights, adapters and optimizer are as they were when
+        the learner was made."""
         ...
 
 
@@ -110,11 +116,11 @@ class Observer(Protocol):
         ...
 
     def round(self, summary: dict[str, Any]) -> None:
-        """One committed round, with its row of metrics.jsonl."""
+        """One committed round, with its row of metrics.jsonl; `guards` there are what guards saw."""
         ...
 
     def evaluation(self, summary: dict[str, Any]) -> None:
-        """One evaluated policy version (`online_po.evaluation.EvalSummary` and `policy_version`)."""
+        """One evaluated policy version (`online_po.evaluation.EvalSummary`); `guards` there are what guards saw."""
         ...
 
     def message(self, text: str) -> None:

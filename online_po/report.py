@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from online_po import files
+from online_po import files, guard_view
 from online_po.report_charts import TRAINING, charts
 from online_po.run_view import (
     USEFUL_PHASES,
@@ -93,6 +93,8 @@ def render(view: RunView) -> str:
         view=view,
         verdict=verdict(view),
         tiles=_tiles(view),
+        best=guard_view.best(view),
+        guards=[*guard_view.roll_backs(view), *guard_view.findings(view)],
         table=_table(view),
         charts=charts(view),
         comparisons=_comparisons(view),

@@ -18,9 +18,10 @@ from online_po.betas import next_scale, round_betas
 from online_po.config import Config
 from online_po.cursor import PromptCursor
 from online_po.examples import make_pairs
+from online_po.guards import round_findings, rows_needed
 from online_po.judging import Judging
 from online_po.loss_configs import reward_beta
-from online_po.metrics import round_means
+from online_po.metrics import likelihood_shift, round_means
 from online_po.parts import Parts
 from online_po.protocols import Learner
 from online_po.seeds import stable_seed
@@ -40,7 +41,7 @@ def sample_round(parts: Parts, round_: int) -> None:
     if ledger.is_judged(round_):
         return
     prompts = draw_prompts(parts, round_)
-    size = parts.config.generator.chunk_prompts
+    size, attempt = parts.config.generator.chunk_prompts, ledger.attempt
     numbers = range(-(-len(prompts) // size))
     made = {part for part in numbers if ledger.has_responses(round_, part)}
     unfinished: dict[int, dict[int, Group]] = defaultdict(dict)
@@ -52,7 +53,7 @@ def sample_round(parts: Parts, round_: int) -> None:
         for part in numbers:
             parts.require_going_on()
             if part not in made:
-                yield part, [request(parts.config, prompt, "sample", round_) for prompt in chunk(part)]
+                yield part, [request(parts.config, p, "sample", round_, attempt) for p in chunk(part)]
 
     with Judging(parts, round_, len(prompts)) as judging:
         with observer.phase("generate", round_):
@@ -86,10 +87,12 @@ def draw_prompts(parts: Parts, round_: int) -> PromptRows:
     return ledger.prompts(round_)
 
 
-def request(config: Config, prompt: Prompt, purpose: str, round_: int) -> Request:
-    """Seeds from (run seed, purpose, round, prompt id, sample index): no clock, no order of work."""
+def request(config: Config, prompt: Prompt, purpose: str, round_: int, attempt: int = 0) -> Request:
+    """Seeds from (run seed, purpose, round, prompt id, sample index): no clock, no order of work. After a roll-back
+    `attempt` is in them too, so that the run does not do again what led to it."""
     n = config.loop.responses_per_prompt if purpose == "sample" else config.eval.responses_per_prompt
-    seeds = tuple(stable_seed(config.run.seed, purpose, round_, prompt.id, index) for index in range(n))
+    again = ("attempt", attempt) if attempt else ()
+    seeds = tuple(stable_seed(config.run.seed, purpose, round_, prompt.id, index, *again) for index in range(n))
     return Request(prompt=prompt, seeds=seeds)
 
 
@@ -103,7 +106,7 @@ def train_round(parts: Parts, round_: int) -> None:
     """
     config, ledger, observer = parts.config, parts.ledger, parts.observer
     before = ledger.committed(round_ - 1)
-    reference_round = earlier_reference = before.reference_round
+    reference_round = before.reference_round
     betas = round_betas(config.loss, round_, before.beta_scale)
     with observer.phase("pair", round_):
         pairs, sampled = make_pairs(parts, round_, draw_prompts(parts, round_))
@@ -120,18 +123,22 @@ def train_round(parts: Parts, round_: int) -> None:
         parts.learner.save(round_, policy_dir, trainer_dir)
     with observer.phase("commit", round_):
         rows = [{"kind": "step", "round": round_, "step": i, **metrics} for i, metrics in enumerate(steps, 1)]
+        means = round_means(steps)
         kl = anchors.sampling_kl(pairs)
         beta_scale = before.beta_scale
         # A policy that is its own reference is at distance zero: nothing to learn about beta.
-        if config.beta_control is not None and sampled["policy_version_sampled"] != earlier_reference:
+        if config.beta_control is not None and sampled["policy_version_sampled"] != before.reference_round:
             beta_scale = next_scale(config.beta_control, beta_scale, kl["kl_reference"])
         summary = {
             "kind": "round",
             "round": round_,
+            "attempt": ledger.attempt,
+            "steps": len(steps),
             "reference_round": reference_round,
             "beta": reward_beta(config.loss, betas),
             **sampled,
-            **round_means(steps),
+            **means,
+            **likelihood_shift(means, pairs),
             **kl,
             **({} if anchors.sampler_mismatch is None else {"sampler_mismatch": anchors.sampler_mismatch}),
             "pairs": pairs.num_rows,
@@ -139,6 +146,8 @@ def train_round(parts: Parts, round_: int) -> None:
             "rejected_length": mean_length(pairs["rejected_token_ids"]),
             **parts.timer.round_seconds(round_),
         }
+        earlier = [ledger.round_row(r) for r in rows_needed(config.guards, round_)]
+        summary["guards"] = round_findings(config.guards, summary, earlier)
         ledger.write_metrics(round_, [*rows, summary])
         ledger.commit(
             round_,
@@ -147,7 +156,6 @@ def train_round(parts: Parts, round_: int) -> None:
             probe=probe_of(parts.learner, ledger.committed(0).probe.token_ids),
             beta_scale=beta_scale,
         )
-        ledger.prune(round_, config.run.keep_checkpoints, reference_round, since=earlier_reference)
     observer.round(summary)
 
 

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from online_po.evaluation import best_version, early_stop
+
 USEFUL_PHASES = ("generate", "judge", "reference", "learn", "evaluate")
 """Phases that are the work itself; everything else of a run's time is overhead."""
 FEW_PROMPTS = 20
@@ -55,6 +57,8 @@ class RunView:
     """In order; round 0 holds the starting policy's evaluation."""
     phases: list[dict[str, Any]]
     """timeline.jsonl: {"phase", "round", "start" (Unix seconds), "seconds"} in the order they ended."""
+    roll_backs: list[dict[str, Any]]
+    """See `online_po.ledger.Ledger.roll_backs`."""
 
     @property
     def name(self) -> str:
@@ -75,8 +79,26 @@ class RunView:
         """Evaluation summaries, oldest policy first."""
         return [r.evaluation for r in self.rounds if r.evaluation is not None]
 
+    @cached_property
+    def heldout_scores(self) -> dict[int, float]:
+        """Policy version -> mean held-out score, oldest first."""
+        return {e["policy_version"]: e["score"]["mean"] for e in self.evaluations if e["score"] is not None}
+
+    @property
+    def best(self) -> int | None:
+        """The policy version with the highest held-out score."""
+        return best_version(self.heldout_scores)
+
+    @property
+    def early_stopped(self) -> int | None:
+        """The policy version whose evaluation ended the run early."""
+        rule = self.config["eval"].get("early_stop")
+        return early_stop(self.heldout_scores, rule["patience"], rule["min_gain"]) if rule else None
+
     @property
     def finished(self) -> bool:
+        if self.early_stopped is not None:
+            return self.trained >= min(self.planned, self.early_stopped + self.config["loop"]["max_staleness"])
         if self.trained < self.planned:
             return False
         return not self.config["eval"]["every"] or any(e["policy_version"] == self.planned for e in self.evaluations)
@@ -108,6 +130,7 @@ def load_run_view(folder: Path) -> RunView:
         info=json.loads((folder / "run.json").read_text(encoding="utf-8")),
         rounds=[_load_round(path) for path in sorted((folder / "rounds").glob("[0-9]*")) if path.name.isdigit()],
         phases=list(_json_lines(folder / "timeline.jsonl")),
+        roll_backs=json.loads(path.read_text("utf-8")) if (path := folder / "roll_backs.json").exists() else [],
     )
 
 

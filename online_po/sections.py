@@ -318,6 +318,15 @@ class LearnerConfig(Section):
         return self
 
 
+class EarlyStopConfig(Section):
+    """Ends the run where the held-out score stops rising. The best policy's weights are never pruned."""
+
+    patience: int = Field(
+        3, ge=1, description="The run ends after so many evaluations on end without a gain over the best."
+    )
+    min_gain: float = Field(0.0, ge=0, description="A mean held-out score must be higher by more than this.")
+
+
 class EvalConfig(Section):
     """Evaluation on held-out prompts, the same seeds every time."""
 
@@ -327,6 +336,9 @@ class EvalConfig(Section):
         None, ge=0, le=10, description="Temperature of evaluation. null: generator.temperature."
     )
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples (over prompts) behind the 95% intervals.")
+    early_stop: EarlyStopConfig | None = Field(
+        None, description="End the run where the held-out score stops rising, and export the best round; null: never."
+    )
 
 
 class RayConfig(Section):

@@ -56,8 +56,9 @@ def section(name: str, model: type[BaseModel]) -> list[str]:
         shown = "path" if metadata else type_name(field.annotation)
         default = "required" if field.default is PydanticUndefined else f"`{_yaml(field.default)}`"
         description = (field.description or model.__doc__ or "").replace("|", "\\|")
-        if any(isinstance(c, type) and issubclass(c, BaseModel) for c in sub):
-            description = description or f"See `{name}.{key}`."
+        nested_section = next((c for c in sub if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if nested_section is not None and not field.description:
+            description = " ".join((nested_section.__doc__ or "").split())
         lines.append(f"| `{key}` | {shown} | {default} | {description} |")
     return lines + nested
 
@@ -67,6 +68,8 @@ def _yaml(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, BaseModel):
+        return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(map(str, value)) + "]"
     return str(value) if value != "" else '""'

@@ -13,12 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from online_po.config import Config
-from online_po.errors import SyncError
+from online_po.errors import NonFiniteError, SyncError
+from online_po.ledger import Ledger
 from online_po.sections import SamplingConfig
 from online_po.types import Group, JudgeFailure, Judgement, Policy, Probe, Prompt, Request, Response, SyncReport
 
@@ -162,9 +164,33 @@ class FakeLearner:
         (trainer_dir / "state.json").write_text(json.dumps({"round": round_}))
 
     def load(self, policy: Policy, trainer_dir: Path) -> None:
-        assert json.loads((trainer_dir / "state.json").read_text()) == {"round": policy.version}
+        if policy.version > 0:  # the start has no trainer folder
+            assert json.loads((trainer_dir / "state.json").read_text()) == {"round": policy.version}
         self.skill = read_skill(policy)
         self.log.append(("load", policy.version))
+
+
+class SickLearner(FakeLearner):
+    """Falls ill in one round, until the run was rolled back often enough: with a step that is not finite (`nonfinite`),
+    or with these metrics in place of the round's. What it does depends on the ledger alone, as a kill must not change
+    it."""
+
+    def __init__(self, config: Config, round_: int, times: int = 1, **metrics: float) -> None:
+        super().__init__()
+        self.ledger, self.action = Ledger(config.run_dir), config.guards.nonfinite.action
+        self.round, self.times, self.metrics = round_, times, metrics
+
+    def update(self, round_: int, *args: Any) -> Iterator[dict[str, float]]:
+        ill = round_ == self.round and self.ledger.attempt < self.times
+        for step, metrics in enumerate(super().update(round_, *args)):
+            metrics |= {"tokens": 10.0, "entropy": 2.0, "accuracy": 0.7, "margin": 0.3}
+            if ill and "nonfinite" not in self.metrics:
+                metrics |= self.metrics
+            elif ill and step == 1:
+                if self.action != "warn":
+                    raise NonFiniteError(f"round {round_}, step 2 of 2: loss is nan; the step was not applied")
+                metrics = {"skipped": 1.0, "pairs": metrics["pairs"], "tokens": 10.0, "learning_rate": 1.0}
+            yield metrics
 
 
 class FakeObserver:

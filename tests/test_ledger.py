@@ -214,7 +214,7 @@ def test_pruning_round_by_round_equals_pruning_at_once(ledger, incremental):
     for round_ in range(1, 8):
         reference, before = round_ // 3 * 3, (round_ - 1) // 3 * 3
         write_round(ledger, round_, reference_round=reference)
-        ledger.prune(round_, 2, reference, since=before if incremental else None)
+        ledger.prune(round_, 2, {reference: {"policy"}}, {before, round_ - 2} if incremental else None)
     kept = {name: [r for r in range(1, 8) if (ledger.round_dir(r) / name).exists()] for name in ("policy", "trainer")}
     assert kept == {"policy": [6, 7], "trainer": [6, 7]}
 

@@ -1,0 +1,46 @@
+"""What guards saw and did in a run, and which policy is best, as sentences for terminal and report."""
+
+from __future__ import annotations
+
+from online_po.run_view import RunView, interval
+
+SHOWN = 6
+"""Findings that a terminal shows, the latest; the report has all."""
+
+
+def findings(view: RunView) -> list[str]:
+    """One sentence for each thing that a guard saw in the rounds there are, oldest first."""
+    found = []
+    for round_ in view.rounds:
+        found += [(f"round {round_.number}", finding) for finding in round_.summary.get("guards", [])]
+        found += [(f"policy {round_.number}", f) for f in (round_.evaluation or {}).get("guards", [])]
+    return [f"{where}, guard {finding['name']}: {finding['message']}" for where, finding in found]
+
+
+def roll_backs(view: RunView) -> list[str]:
+    """One sentence for each time the run went back, oldest first."""
+    return [
+        f"went back from round {record['from']} to round {record['to']}, guard {record['guard']}: {record['message']}"
+        for record in view.roll_backs
+    ]
+
+
+def latest(view: RunView) -> list[str]:
+    """What a terminal shows: roll-backs and the latest findings."""
+    found = findings(view)
+    hidden = len(found) - SHOWN
+    before = [f"{hidden} earlier findings of guards are in the report"] if hidden > 0 else []
+    return [*roll_backs(view), *before, *found[-SHOWN:]]
+
+
+def best(view: RunView) -> str | None:
+    """The policy with the highest held-out score, and whether the run ended early; None with fewer than two."""
+    if len(view.heldout_scores) < 2 or view.best is None:
+        return None
+    score = next(e["score"] for e in view.evaluations if e["policy_version"] == view.best)
+    name = f"policy {view.best}" if view.best else "the starting policy"
+    said = f"Best on held-out prompts: {name}, {interval(score)}."
+    if view.early_stopped is not None:
+        rule = view.config["eval"]["early_stop"]
+        said += f" Ended early: no gain in {rule['patience']} evaluations on end, up to policy {view.early_stopped}."
+    return said

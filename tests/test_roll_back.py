@@ -1,0 +1,397 @@
+"""Guards in the real loop with fake parts: warn, stop, roll back, early stop; and kills in between."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from online_po import files
+from online_po.config import Config
+from online_po.errors import GuardError, NonFiniteError
+from online_po.ledger import Ledger
+from online_po.loop import is_finished, last_round, run_rounds
+from online_po.parts import Parts
+from tests.fakes import FakeGenerator, FakeObserver, SickLearner, make_config
+from tests.test_loop import Killed, content, make_parts
+
+COLLAPSE = {"entropy": 0.2}
+"""Metrics on which the entropy guard fires (round 1's entropy is 2)."""
+HISTORY = ("roll_backs.json", "guard_stops.json")
+
+
+def sick_parts(config: Config, round_: int, times: int = 1, **metrics: float) -> Parts:
+    parts = make_parts(config)
+    parts.learner = SickLearner(config, round_, times, **metrics)
+    return parts
+
+
+def guarded(tmp_path: Path, action: str, guard: str = "entropy", **overrides: Any) -> Config:
+    overrides = {"loop__rounds": 4, "run__keep_checkpoints": None, "guards": {guard: {"action": action}}} | overrides
+    return make_config(tmp_path, **overrides)
+
+
+def everything(root: Path) -> dict[str, object]:
+    """`content`, and what guards saw and did."""
+    found = content(root)
+    for name in HISTORY:
+        if (root / name).exists():
+            found[name] = json.loads((root / name).read_text())
+    for path in sorted(root.glob("rounds/*/metrics.jsonl")):
+        row = json.loads(path.read_text().splitlines()[-1])
+        found[str(path.relative_to(root))] = [row["attempt"], row["guards"]]
+    return found
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.*")}
+
+
+class Copying(FakeObserver):
+    """Copies the run folder when a round is committed."""
+
+    def __init__(self, root: Path, round_: int, to: Path) -> None:
+        super().__init__()
+        self.root, self.copied, self.to = root, round_, to
+
+    def round(self, summary: dict[str, Any]) -> None:
+        if summary["round"] == self.copied and not self.to.exists():
+            shutil.copytree(self.root, self.to)
+
+
+def test_warn_says_what_it_saw_and_changes_nothing(tmp_path):
+    plain = make_parts(guarded(tmp_path / "plain", "off"))
+    plain.learner = SickLearner(plain.config, 99)
+    run_rounds(plain)
+    parts = sick_parts(guarded(tmp_path / "ill", "warn"), 3, times=9, **COLLAPSE)
+    run_rounds(parts)
+    assert content(parts.ledger.root) == content(plain.ledger.root)
+    found = {r: parts.ledger.round_row(r)["guards"] for r in range(1, 5)}
+    assert [found[r] for r in (1, 2, 4)] == [[], [], []]
+    (finding,) = found[3]
+    assert (finding["name"], finding["action"], finding["policy"]) == ("entropy", "warn", 3)
+    assert "10% of round 1's" in finding["message"] and "raise loss.beta" in finding["message"]
+
+
+def test_off_says_nothing(tmp_path):
+    parts = sick_parts(guarded(tmp_path, "off"), 3, times=9, **COLLAPSE)
+    run_rounds(parts)
+    assert parts.ledger.round_row(3)["guards"] == []
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_stop_ends_the_run_after_the_commit_and_resume_goes_past_it(tmp_path, staleness):
+    config = guarded(tmp_path / "a", "stop", loop__max_staleness=staleness)
+    parts = sick_parts(config, 2, times=9, **COLLAPSE)
+    with pytest.raises(GuardError, match=r"guards.entropy.action is stop: entropy is .*up to 2 are kept; .*resume"):
+        run_rounds(parts)
+    parts.sampler.shutdown()
+    assert parts.ledger.last_committed() == 2
+    again = sick_parts(config, 2, times=9, **COLLAPSE)
+    assert not is_finished(config, again.ledger, evaluates=True)
+    run_rounds(again)
+    assert again.ledger.last_committed() == 4 and is_finished(config, again.ledger, evaluates=True)
+    warned = sick_parts(guarded(tmp_path / "b", "warn", loop__max_staleness=staleness), 2, times=9, **COLLAPSE)
+    run_rounds(warned)
+    assert content(again.ledger.root) == content(warned.ledger.root)
+
+
+@pytest.mark.parametrize("reference", [{}, {"kind": "refresh", "every": 2}])
+def test_a_roll_back_leaves_the_run_as_it_was_at_the_good_round(tmp_path, reference):
+    overrides = {"reference": reference} if reference else {}
+    parts = sick_parts(guarded(tmp_path / "a", "roll_back", **overrides), 3, **COLLAPSE)
+    root, ledger = parts.ledger.root, parts.ledger
+    parts.observer = Copying(root, 2, tmp_path / "at 2")
+    run_rounds(parts)
+    for round_ in (0, 1, 2):
+        now, then = hashes(ledger.round_dir(round_)), hashes(tmp_path / "at 2" / "rounds" / f"{round_:06d}")
+        assert then.items() <= now.items() and len(then) > 0
+        assert {Path(name).stem for name in now.keys() - then.keys()} <= {"eval"}
+    log = parts.learner.log
+    back = log.index(("load", 2))
+    assert log[back - 1][:2] == ("update", 3) and [e[1] for e in log[back:] if e[0] == "update"] == [3, 4]
+    # The same prompts again from the same cursor, other responses, the reference of round 2's commit.
+    gone = Ledger(root / "rolled_back")
+    gone.round_dir = lambda r: root / "rolled_back" / "001" / f"{r:06d}"  # type: ignore[method-assign]
+    assert gone.cursor(3) == ledger.cursor(3) and list(gone.prompts(3)) == list(ledger.prompts(3))
+    assert gone.committed(3) and gone.pairs(3)["chosen"].to_pylist() != ledger.pairs(3)["chosen"].to_pylist()
+    assert (gone.logps(3, "reference")["chosen"] == ledger.logps(3, "reference")["chosen"][0]).all()
+    (record,) = ledger.roll_backs()
+    assert (record["from"], record["to"], record["guard"], record["done"]) == (3, 2, "entropy", True)
+    assert "entropy is" in record["message"]
+    assert [ledger.round_row(r)["attempt"] for r in (1, 2, 3, 4)] == [0, 0, 1, 1]
+    assert is_finished(parts.config, ledger, evaluates=True)
+    assert any("went back from round 3 to round 2" in text for text in parts.observer.messages)
+    # The generators were given policy 2 once: what they held is what is there.
+    assert [e[1] for e in parts.generator.log if e[0] == "sync"] == [0, 1, 2, 3, 4]
+
+
+class SlowGenerator(FakeGenerator):
+    """Once, in the middle of the chunks that one policy version samples, waits until sampling is told to end."""
+
+    def __init__(self, parts: Parts, version: int) -> None:
+        super().__init__()
+        self.parts, self.slow, self.told = parts, version, None
+
+    def generate(self, chunks, sampling):
+        for item in super().generate(chunks, sampling):
+            if self.told is None and self.version == self.slow and item[0] == 1 and sampling.max_tokens == 8:
+                self.told = self.parts.stopping.wait(2)
+            yield item
+
+
+def test_what_is_sampled_ahead_ends_before_the_run_goes_back(tmp_path):
+    overrides = {"loop__max_staleness": 1, "prompts": {"path": "p"}, "eval": {"every": 0}}
+    ends = {}
+    for speed in ("fast", "slow"):
+        config = guarded(tmp_path / speed, "roll_back", **overrides)
+        parts = make_parts(config, heldout=0)
+        parts.learner = SickLearner(config, 3, **COLLAPSE)
+        if speed == "slow":
+            parts.generator = SlowGenerator(parts, 2)  # round 4, while round 3 trains
+        run_rounds(parts)
+        ends[speed] = everything(parts.ledger.root)
+    assert parts.generator.told is True
+    assert ends["slow"] == ends["fast"]
+
+
+def test_what_is_held_of_a_round_that_is_gone_is_synced_again(tmp_path):
+    """The sampler of the round shows it: going back means behind that policy, whose number will mean another one."""
+    config = guarded(tmp_path, "roll_back", "kl", loop__max_staleness=1)
+    parts = make_parts(config)
+    parts.learner = HighKl(config)
+    run_rounds(parts)
+    (record,) = parts.ledger.roll_backs()
+    assert (record["from"], record["to"]) == (4, 1), "round 4 is sampled by policy 2"
+    syncs = [e[1] for e in parts.generator.log if e[0] == "sync"]
+    assert syncs[-4:] == [1, 2, 3, 4] and syncs.count(2) == 2
+    assert set(parts.ledger.pairs(4)["policy_version"].to_pylist()) == {2}
+    assert is_finished(config, parts.ledger, evaluates=True)
+
+
+class HighKl(SickLearner):
+    """Reference logps of round 4's pairs that lie far below the sampler's."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, 99)
+
+    def logps(self, pairs, policy):
+        for batch in super().logps(pairs, policy):
+            sampled_by_2 = pairs["policy_version"][0].as_py() == 2 and self.ledger.attempt == 0
+            yield batch | {name: batch[name] * 0 - 1000 * sampled_by_2 for name in ("chosen", "rejected")}
+
+
+def test_the_start_itself_is_ill_so_there_is_no_way_back(tmp_path):
+    config = guarded(tmp_path, "roll_back", "kl", guards={"kl": {"action": "roll_back", "max_nats": 1e-6}})
+
+    class Far(SickLearner):
+        def logps(self, pairs, policy):
+            return ({**b, "chosen": b["chosen"] - 500} for b in super().logps(pairs, policy))
+
+    parts = make_parts(config)
+    parts.learner = Far(config, 99)
+    with pytest.raises(GuardError, match=r"roll_back, but there is no good round before it: policy 0 has a KL"):
+        run_rounds(parts)
+    assert parts.ledger.last_committed() == 1 and parts.ledger.roll_backs() == []
+
+
+@pytest.mark.parametrize("round_", [1, 3])
+def test_a_step_that_is_not_finite(tmp_path, round_):
+    warned = sick_parts(guarded(tmp_path / "a", "warn", "nonfinite"), round_, nonfinite=1)
+    run_rounds(warned)
+    row = warned.ledger.round_row(round_)
+    assert row["skipped"] == 1 and "1 of 2 steps" in row["guards"][0]["message"]
+    config = guarded(tmp_path / "b", "stop", "nonfinite")
+    for _ in range(2):
+        stopped = sick_parts(config, round_, nonfinite=1)
+        with pytest.raises(NonFiniteError, match="loss is nan"):
+            run_rounds(stopped)
+        assert stopped.ledger.last_committed() == round_ - 1
+    back = sick_parts(guarded(tmp_path / "c", "roll_back", "nonfinite"), round_, nonfinite=1)
+    run_rounds(back)
+    (record,) = back.ledger.roll_backs()
+    assert (record["from"], record["to"]) == (round_, round_ - 1)
+    assert ("load", round_ - 1) in back.learner.log
+    assert back.ledger.last_committed() == 4
+    assert {p.name for p in (back.ledger.root / "rolled_back" / "001").iterdir()} == {f"{round_:06d}"}
+
+
+def test_past_max_roll_backs_the_run_stops_at_the_good_round(tmp_path):
+    guards = {"entropy": {"action": "roll_back"}, "max_roll_backs": 1}
+    config = guarded(tmp_path, "roll_back", guards=guards)
+    parts = sick_parts(config, 3, times=3, **COLLAPSE)
+    with pytest.raises(GuardError, match=r"went back from round 3 to round 2, and stopped: .*max_roll_backs is 1"):
+        run_rounds(parts)
+    assert parts.ledger.last_committed() == 2 and parts.ledger.attempt == 2
+    again = sick_parts(config, 3, times=3, **COLLAPSE)
+    with pytest.raises(GuardError, match="max_roll_backs"):
+        run_rounds(again)
+    last = sick_parts(config, 3, times=3, **COLLAPSE)
+    run_rounds(last)
+    assert [r["to"] for r in last.ledger.roll_backs()] == [2, 2, 2]
+    assert last.ledger.round_row(3)["attempt"] == 3 and is_finished(config, last.ledger, evaluates=True)
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+def test_the_weights_to_go_back_to_are_kept(tmp_path, keep):
+    """Also the reference, which the newest round does not need any more."""
+    overrides = {"run__keep_checkpoints": keep, "reference": {"kind": "refresh", "every": 3}, "loop__rounds": 7}
+    parts = sick_parts(guarded(tmp_path, "roll_back", "kl", **overrides), 99)
+    parts.learner = KlOfPolicy(parts.config, 6)
+    run_rounds(parts)
+    (record,) = parts.ledger.roll_backs()
+    assert (record["from"], record["to"]) == (7, 5)
+    assert parts.ledger.committed(5).reference_round == 3
+    assert parts.ledger.last_committed() == 7
+    kept = {r for r in range(1, 8) if (parts.ledger.round_dir(r) / "trainer").exists()}
+    assert kept == set(range(8 - keep, 8))
+
+
+class KlOfPolicy(SickLearner):
+    def __init__(self, config: Config, policy: int) -> None:
+        super().__init__(config, 99)
+        self.policy = policy
+
+    def logps(self, pairs, policy):
+        ill = pairs["policy_version"][0].as_py() == self.policy and self.ledger.attempt == 0
+        for batch in super().logps(pairs, policy):
+            yield batch | {name: batch[name] * 0 - 1000 * ill for name in ("chosen", "rejected")}
+
+
+class OverFitted(SickLearner):
+    """Fits its pairs perfectly from round 3 on, while what it makes gets worse; mended by one roll-back."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, 99)
+
+    def update(self, round_, *args):
+        before = self.skill
+        for metrics in super().update(round_, *args):
+            ill = round_ >= 3 and self.ledger.attempt == 0
+            if ill:
+                self.skill = before - 1.0
+            yield metrics | {"accuracy": 0.99 if ill else 0.7}
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("action", ["warn", "stop", "roll_back"])
+def test_over_optimisation_is_seen_before_the_next_round_is_sampled(tmp_path, action, staleness):
+    overrides = {"loop__max_staleness": staleness, "run__keep_checkpoints": 2 + 2 * staleness, "loop__rounds": 5}
+    config = guarded(tmp_path, action, "over_optimisation", **overrides)
+    parts = make_parts(config)
+    parts.learner = OverFitted(config)
+    if action == "stop":
+        with pytest.raises(GuardError, match=r"over_optimisation.action is stop: .* below that of policy 2"):
+            run_rounds(parts)
+        parts.sampler.shutdown()
+        assert parts.ledger.last_committed() == 3 + staleness
+        assert not list((parts.ledger.round_dir(4 + staleness)).rglob("*.parquet")), "nothing is sampled from it"
+        return
+    run_rounds(parts)
+    if action == "warn":
+        (finding,) = parts.ledger.evaluation_summary(3)["guards"]
+        assert "accuracy was 99% in round 3" in finding["message"] and finding["policy"] == 3
+        return
+    (record,) = parts.ledger.roll_backs()
+    assert (record["from"], record["to"]) == (3 + staleness, 2)
+    assert parts.ledger.last_committed() == 5 and is_finished(config, parts.ledger, evaluates=True)
+    assert [parts.ledger.evaluation_summary(v)["guards"] for v in range(6)] == [[]] * 6
+
+
+def test_the_last_policy_of_a_run_may_be_the_one_that_is_over_optimised(tmp_path):
+    config = guarded(tmp_path, "roll_back", "over_optimisation", loop__rounds=3)
+    parts = make_parts(config)
+    parts.learner = OverFitted(config)
+    run_rounds(parts)
+    (record,) = parts.ledger.roll_backs()
+    assert (record["from"], record["to"]) == (3, 2) and parts.ledger.last_committed() == 3
+    assert parts.ledger.evaluation_summary(3)["attempt"] == 1 and is_finished(config, parts.ledger, evaluates=True)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_early_stop_keeps_the_best_round(tmp_path, staleness):
+    overrides = {"eval": {"early_stop": {"patience": 2}}, "loop__rounds": 9, "loop__max_staleness": staleness}
+    config = make_config(tmp_path, **overrides)
+
+    class Falling(SickLearner):
+        def update(self, round_, *args):
+            before = self.skill
+            yield from super().update(round_, *args)
+            if round_ > 2:
+                self.skill = before - 0.5
+
+    parts = make_parts(config)
+    parts.learner = Falling(config, 99)
+    summaries = run_rounds(parts)
+    assert [s["policy_version"] for s in summaries] == [0, 1, 2, 3, 4]
+    assert parts.ledger.last_committed() == 4 + staleness == last_round(config, parts.ledger)
+    kept = {r for r in range(1, 10) if (parts.ledger.round_dir(r) / "policy").exists()}
+    assert kept == {2, 3 + staleness, 4 + staleness}, "the best, and the newest two"
+    assert is_finished(config, parts.ledger, evaluates=True)
+    again = make_parts(config)
+    run_rounds(again)
+    assert again.generator.log == []
+    on = config.model_copy(update={"eval": config.eval.model_copy(update={"early_stop": None})})
+    assert on.identity() == config.identity() and not is_finished(on, parts.ledger, evaluates=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "staleness"), [("entropy", 0), ("entropy", 1), ("over_optimisation", 1), ("nonfinite", 1)]
+)
+def test_killed_at_any_write_it_goes_back_and_ends_the_same(case, staleness, monkeypatch):
+    """Dies before or after renames and removals, some of them while the run goes back, resumes, and compares all."""
+    calls, die_at = 0, None
+
+    def fatal(real, counts=lambda *args: True):
+        def call(*args, **kwargs):
+            nonlocal calls
+            for act in (lambda: None, lambda: real(*args, **kwargs)):
+                if counts(*args):
+                    calls += 1
+                    if "roll" in "".join(map(str, args)):
+                        rolling.append(calls)
+                    if die_at is not None and calls >= die_at:
+                        raise Killed
+                act()
+
+        return call
+
+    def make(folder: Path) -> Parts:
+        overrides = {
+            "loop__max_staleness": staleness,
+            "run__keep_checkpoints": 2 + 2 * staleness,
+            "reference": {"kind": "refresh", "every": 2},
+            "prompts": {"path": "p", "heldout_size": 4},
+            "loop__prompts_per_round": 4,
+        }
+        parts = make_parts(guarded(folder, "roll_back", case, **overrides))
+        ill = {"entropy": COLLAPSE, "nonfinite": {"nonfinite": 1.0}}
+        over = case == "over_optimisation"
+        parts.learner = OverFitted(parts.config) if over else SickLearner(parts.config, 3, **ill[case])
+        return parts
+
+    rolling: list[int] = []
+    monkeypatch.setattr(files.os, "replace", fatal(os.replace))
+    monkeypatch.setattr(files.shutil, "rmtree", fatal(shutil.rmtree, lambda path, **_: Path(path).exists()))
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # no fsync to wait for
+    with tempfile.TemporaryDirectory(dir=memory, ignore_cleanup_errors=True) as folder:
+        whole, calls = make(Path(folder) / "whole"), 0
+        run_rounds(whole)
+        expected, points, going_back = everything(whole.ledger.root), calls, list(rolling)
+        assert len(whole.ledger.roll_backs()) == 1 and len(going_back) >= 2 * (2 + 1)
+        near = range(going_back[0] - 6, going_back[-1] + 6)
+        for point in sorted({*near, *range(2, points, 23)}):
+            parts, calls, die_at = make(Path(folder) / str(point)), 0, point
+            with pytest.raises(Killed):
+                run_rounds(parts)
+            parts.sampler.shutdown()
+            die_at = None
+            again = make(Path(folder) / str(point))
+            run_rounds(again)
+            assert everything(again.ledger.root) == expected, f"killed at {point} of {points}"
