@@ -10,13 +10,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from online_po.anchors import make_anchors
 from online_po.config import Config
 from online_po.cursor import PromptCursor
-from online_po.examples import make_pairs
+from online_po.examples import count_examples, make_examples
 from online_po.judging import Judging
 from online_po.metrics import round_means
 from online_po.parts import Parts
@@ -102,7 +99,7 @@ def train_round(parts: Parts, round_: int) -> None:
     config, ledger, observer = parts.config, parts.ledger, parts.observer
     reference_round = earlier_reference = ledger.committed(round_ - 1).reference_round
     with observer.phase("pair", round_):
-        pairs, sampled = make_pairs(parts, round_, draw_prompts(parts, round_))
+        pairs, sampled = make_examples(parts, round_, draw_prompts(parts, round_), reference_round)
     with observer.phase("reference", round_):
         anchors = make_anchors(parts, round_, pairs, reference_round)
     steps: list[dict[str, float]] = []
@@ -123,9 +120,7 @@ def train_round(parts: Parts, round_: int) -> None:
             **sampled,
             **round_means(steps),
             **anchors.sampling_kl(pairs),
-            "pairs": pairs.num_rows,
-            "chosen_length": mean_length(pairs["chosen_token_ids"]),
-            "rejected_length": mean_length(pairs["rejected_token_ids"]),
+            **count_examples(pairs),
             **parts.timer.round_seconds(round_),
         }
         ledger.write_metrics(round_, [*rows, summary])
@@ -137,11 +132,6 @@ def train_round(parts: Parts, round_: int) -> None:
         )
         ledger.prune(round_, config.run.keep_checkpoints, reference_round, since=earlier_reference)
     observer.round(summary)
-
-
-def mean_length(token_ids: pa.ChunkedArray) -> float:
-    """Mean number of tokens of a column of token ids."""
-    return float(pc.mean(pc.list_value_length(token_ids)).as_py())
 
 
 def probe_of(learner: Learner, token_ids: Sequence[int]) -> Probe:

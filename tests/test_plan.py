@@ -65,8 +65,8 @@ def test_lora_needs_less_and_more_ranks_share(tmp_path, tiny_model):
     assert estimate(parse(tmp_path, tiny_model, learner__lora={"rank": 4}), shape).learner < full.learner / 3
     assert estimate(parse(tmp_path, tiny_model, learner__ranks=2), shape).learner == full.learner / 2
     every = estimate(parse(tmp_path, tiny_model, pairs__strategy="all"), shape)
-    assert (full.pairs, every.pairs) == (8, 48)
-    assert estimate(parse(tmp_path, tiny_model, pairs__strategy="all", pairs__max_per_prompt=2), shape).pairs == 16
+    assert (full.examples, every.examples) == (8, 48)
+    assert estimate(parse(tmp_path, tiny_model, pairs__strategy="all", pairs__max_per_prompt=2), shape).examples == 16
 
 
 def test_the_kv_cache_is_counted_in_the_engine_s_type(tmp_path, tiny_model):
