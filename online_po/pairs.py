@@ -117,7 +117,7 @@ def _margin(pair: Candidate) -> float:
 def spin_pairs(
     group: Group, given: GivenResponse, config: PairsConfig, seed: int, max_length: int
 ) -> tuple[list[Pair], Skip | None]:
-    """SPIN's pairs (Chen et al. 2024, arXiv 2401.01335, section 4): a given response against the policy's own.
+    """SPIN's pairs (Chen et al. 2024, arXiv 2401.01335): a given response against the policy's own.
 
     The rejected ones are drawn by `seed` from the group's distinct responses, but for those that read as the given
     one: one of them, or `pairs.max_per_prompt`. No score decides anything. `max_length`: tokens of prompt and given
