@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ValidationError, model_validator
 from yaml.nodes import MappingNode, Node, ScalarNode
 
 from online_po.errors import ConfigError
+from online_po.example_checks import check_examples
 from online_po.guard_configs import GuardsConfig, check_guards
 from online_po.loss_configs import LOSS_BY_NAME, LossName, Sigmoid
 from online_po.sections import (
@@ -23,6 +24,7 @@ from online_po.sections import (
     EvalConfig,
     GeneratorConfig,
     JudgeConfig,
+    LabelsConfig,
     LearnerConfig,
     LoopConfig,
     ModelConfig,
@@ -54,6 +56,7 @@ class Config(Section):
     generator: GeneratorConfig = GeneratorConfig()  # type: ignore[call-arg]
     judge: JudgeConfig = JudgeConfig()  # type: ignore[call-arg]
     pairs: PairsConfig = PairsConfig()  # type: ignore[call-arg]
+    labels: LabelsConfig = LabelsConfig()  # type: ignore[call-arg]
     loss: Annotated[tuple[LossName, ...], BeforeValidator(_as_list)] = (Sigmoid(),)  # type: ignore[call-arg]
     """One loss, or several of a mixture."""
     beta_control: BetaControlConfig | None = None
@@ -80,23 +83,7 @@ class Config(Section):
         self._check_loss()
         self._check_beta_control()
         self._check_sampler_logps()
-        n = self.loop.responses_per_prompt
-        if n < 2:
-            raise ValueError(
-                f"loop.responses_per_prompt is {n}, but loss.name: {self.loss[0].name} trains on pairs; use 2 or more"
-            )
-        if self.pairs.strategy == "top_bottom_k" and 2 * self.pairs.k > n:
-            raise ValueError(
-                f"pairs.k is {self.pairs.k}: top_bottom_k needs 2 x k responses, but loop.responses_per_prompt is {n}"
-            )
-        if self.pairs.max_per_prompt and self.pairs.strategy not in ("all", "top_bottom_k"):
-            raise ValueError(
-                f"pairs.max_per_prompt is for pairs.strategy: all and top_bottom_k, not {self.pairs.strategy}"
-            )
-        if self.generator.temperature == 0:
-            raise ValueError(
-                "generator.temperature is 0: all responses to a prompt would be the same and nothing could be paired"
-            )
+        check_examples(self)
         context = self.prompts.max_tokens + self.generator.max_tokens
         if self.generator.max_model_len is not None and self.generator.max_model_len < context:
             raise ValueError(
@@ -147,11 +134,11 @@ class Config(Section):
         """What the learner can train with, of what there is."""
         if not self.loss:
             raise ValueError("loss is an empty list; name a loss, or leave it out for DPO")
-        kinds = {loss.kind: loss.name for loss in self.loss}
-        if len(kinds) > 1:
+        other = next((loss for loss in self.loss if loss.kind != self.loss[0].kind), None)
+        if other is not None:
             raise ValueError(
-                f"loss holds {kinds['paired']}, which trains on pairs, and {kinds['unpaired']}, which trains on single "
-                "responses; a mixture must be all of one kind"
+                f"loss mixes {self.loss[0].name} ({self.loss[0].kind}) and {other.name} ({other.kind}), but a round "
+                "holds pairs or single labelled responses, not both; choose losses of one kind"
             )
         for loss in self.loss:
             if loss.needs_probabilities:
@@ -183,6 +170,12 @@ class Config(Section):
             raise ValueError(
                 "reference.logps is sampler, but the reference is not the policy that samples; set reference.kind: "
                 "refresh with every: 1 and loop.max_staleness: 0, or reference.logps: learner"
+            )
+        if self.pairs.strategy == "spin" or self.pairs.replay_share or self.pairs.seed_path is not None:
+            what = "strategy: spin" if self.pairs.strategy == "spin" else "replay_share and pairs.seed_path"
+            raise ValueError(
+                f"reference.logps is sampler, but with pairs.{what} not all responses are the sampler's; use "
+                "reference.logps: learner"
             )
         parts = [loss.name for loss in self.loss if loss.name in ("ld_dpo", "kto", "custom")]
         if parts:
@@ -244,6 +237,7 @@ class Config(Section):
         vllm_only = ("cpu_kv_cache_gib", "gpu_memory_utilization", "enforce_eager")
         rules = [
             (self.pairs.strategy != "top_bottom_k", "pairs", ("k",), "pairs.strategy: top_bottom_k"),
+            (self.labels.rule != "top_bottom", "labels", ("share",), "labels.rule: top_bottom"),
             (self.judge.kind == "rules", "judge", ("timeout_s", "concurrency"), "judge.kind: python"),
             (self.generator.engine != "vllm", "generator", vllm_only, "generator.engine: vllm"),
             (self.learner.schedule == "constant", "learner", ("min_lr_ratio",), "another learner.schedule"),
@@ -256,6 +250,11 @@ class Config(Section):
                     raise ValueError(
                         f"{section}.{name} is {getattr(model, name)!r}, but has an effect only with {needs}; drop it"
                     )
+
+    @property
+    def example_kind(self) -> Literal["pairs", "labels"]:
+        """What a round trains on: pairs, or single responses with labels."""
+        return "pairs" if self.loss[0].kind == "paired" else "labels"
 
     @property
     def eval_sampling(self) -> SamplingConfig:
@@ -279,8 +278,8 @@ class Config(Section):
         """Everything that shapes the run's results. Where it lies, what it runs on, and bounds that stop it may
         differ between two starts.
 
-        Model and prompts are compared by content, see `Ledger.require_same`: the prompts by a hash of all they say
-        and of their tokens, the model by its config and the sizes of its weights, then by a probe."""
+        Model, prompts and seed pairs are compared by content, see `Ledger.require_same`: prompts and pairs by a hash
+        of all they say and of their tokens, the model by its config and the sizes of its weights, then by a probe."""
         shapes = self.model_dump(
             mode="json",
             exclude={
@@ -291,6 +290,7 @@ class Config(Section):
                 "run": {"name", "dir", "tensorboard", "keep_checkpoints"},
                 "model": {"path", "revision"},
                 "prompts": {"path", "dataset", "subset", "split", "heldout_path"},
+                "pairs": {"seed_path"},
                 "generator": {"replicas", "threads", "gpu_memory_utilization", "cpu_kv_cache_gib", "sync_tolerance"},
                 "judge": {"workers", "concurrency", "timeout_s", "max_failure_rate"},
                 "learner": {"threads"},

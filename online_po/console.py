@@ -18,7 +18,17 @@ from rich.table import Table
 from rich.text import Text
 
 from online_po import guard_view
-from online_po.run_view import RunView, duration, interval, load_run_view, number, plural, side_of_half, verdict
+from online_po.run_view import (
+    RunView,
+    duration,
+    example_count,
+    interval,
+    load_run_view,
+    number,
+    plural,
+    side_of_half,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from online_po.ledger import Ledger
@@ -138,7 +148,7 @@ class ConsoleObserver:
         parts = [
             f"score {number(summary['score_mean'])}",
             _learned(summary),
-            f"{plural(summary['pairs'], 'pair')}",
+            plural(example_count(summary) or 0, "label" if "labels" in summary else "pair"),
             duration(summary["wall_seconds"]),
         ]
         self._print(f"round {summary['round']}{self._of()}  " + " · ".join(parts), style="bold")
@@ -187,13 +197,13 @@ def final_table(view: RunView) -> Table:
     table.add_column("held-out score", no_wrap=True)
     table.add_column("vs start", no_wrap=True)
     table.add_column("vs previous", no_wrap=True)
-    for name in ("toks", "cut", "pairs", "KL k1"):
+    for name in ("toks", "cut", f"{view.example}s", "KL k1"):
         table.add_column(name, justify="right", no_wrap=True)
     for round_ in view.table_rounds:
         evaluation = round_.evaluation or {}
         share = evaluation.get("truncated_share")
         length = evaluation.get("length_mean")
-        pairs, kl = round_.summary.get("pairs"), view.kl_to_start(round_.number)
+        count, kl = example_count(round_.summary), view.kl_to_start(round_.number)
         table.add_row(
             "start" if round_.number == 0 else str(round_.number),
             interval(evaluation.get("score")),
@@ -201,7 +211,7 @@ def final_table(view: RunView) -> Table:
             _win_rate(evaluation.get("versus_previous")),
             "–" if length is None else f"{length:.0f}",
             "–" if share is None else f"{100 * share:.0f}%",
-            "–" if pairs is None else f"{pairs:,.0f}",
+            "–" if count is None else f"{count:,}",
             "–" if kl is None else f"{kl:.2f}",
         )
     return table
@@ -273,8 +283,10 @@ def _made(ledger: Ledger, round_: int) -> str:
     for name in ("responses", "judgements"):
         parts = len(list((folder / name).glob("part-*.parquet")))
         counts.append(f"{plural(parts, 'part')} of {name}")
-    if ledger.has_pairs(round_):
+    if ledger.has_examples(round_, "pairs"):
         counts.append("paired")
+    if ledger.has_examples(round_, "labels"):
+        counts.append("labelled")
     return ", ".join(counts)
 
 

@@ -28,7 +28,7 @@ class LedgerError(OnlinePOError):
 
 
 class NoPairsError(OnlinePOError):
-    """A round produced not a single usable pair."""
+    """A round produced not a single usable pair, or label."""
 
 
 class JudgeFailureRateError(OnlinePOError):

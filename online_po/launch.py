@@ -128,6 +128,8 @@ def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: Phas
                 train=plan.train,
                 heldout=plan.heldout,
                 start=plan.model_path,
+                seed_pairs=plan.seed_pairs.table if plan.seed_pairs is not None else None,
+                encode=plan.encode,
                 sampler=sampler,
             )
         )
@@ -153,4 +155,6 @@ def _run_info(plan: Plan) -> dict[str, Any]:
             "train": plan.train.counts,
             "heldout": plan.heldout.counts if plan.heldout is not None else None,
         },
+        "seed_pairs_hash": plan.seed_pairs.fingerprint() if plan.seed_pairs is not None else None,
+        "seed_pairs": plan.seed_pairs.counts if plan.seed_pairs is not None else None,
     }

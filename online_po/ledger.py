@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +27,7 @@ from online_po.config import Config
 from online_po.errors import ConfigError, LedgerError, first_line
 from online_po.tables import (
     PROMPT_SCHEMA,
+    RESPONSE_LOGP_SCHEMA,
     PromptRows,
     judgements_to_table,
     responses_to_table,
@@ -38,6 +39,8 @@ from online_po.types import Group, Judgement, Policy, Probe, Prompt
 SCHEMA_VERSION = 1
 WEIGHT_FOLDERS = ("policy", "trainer")
 LogpKind = Literal["reference", "start"]
+ExampleKind = Literal["pairs", "labels"]
+EXAMPLE_NOTES = b"notes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,20 @@ class Commit:
     """The committed policy's own word on a fixed token sequence; generators are held to it."""
     files: dict[str, dict[str, Any]]
     """Path inside the round's folder -> {"sha256": hex, "bytes": int}."""
+
+
+class ExamplesWriter:
+    """Writes a round's examples table by table."""
+
+    def __init__(self, writer: pq.ParquetWriter) -> None:
+        self._writer = writer
+
+    def write(self, table: pa.Table) -> None:
+        self._writer.write_table(table)
+
+    def note(self, notes: dict[str, Any]) -> None:
+        """Keeps JSON-able facts with the file, for later rounds."""
+        self._writer.add_key_value_metadata({EXAMPLE_NOTES: json.dumps(notes)})
 
 
 class Ledger:
@@ -115,7 +132,11 @@ class Ledger:
                 + "\n".join(lines)
                 + "\ngive the run another run.name, or `online-po resume` the old one"
             )
-        for key, what in (("model", "model.path: the starting model"), ("prompt_hashes", "prompts: the prompts")):
+        for key, what in (
+            ("model", "model.path: the starting model"),
+            ("prompt_hashes", "prompts: the prompts"),
+            ("seed_pairs_hash", "pairs.seed_path: the seed pairs"),
+        ):
             if self.info().get(key) != info.get(key):
                 raise ConfigError(
                     f"{what} changed since run {str(self.root)!r} was started; restore it, or start a new run"
@@ -177,9 +198,10 @@ class Ledger:
         damaged = [path for path in sorted(folder.rglob("*.parquet")) if not files.is_whole(path)]
         if damaged:
             # What was made from them goes too.
-            made = [folder / f"{name}_logps.parquet" for name in ("reference", "start")]
+            made = [folder / f"{name}_logps.parquet" for name in ("reference", "start", "response")]
+            made += [folder / f"{kind}.parquet" for kind in get_args(ExampleKind)]
             made += [folder / "judgements" / path.name for path in damaged if path.parent.name == "responses"]
-            for path in [*damaged, folder / "judged.json", folder / "pairs.parquet", *made]:
+            for path in [*damaged, folder / "judged.json", *made]:
                 path.unlink(missing_ok=True)
 
     # -- rounds ----------------------------------------------------------------------------------
@@ -351,15 +373,35 @@ class Ledger:
         return (self.round_dir(round_) / "judged.json").exists()
 
     @contextmanager
-    def pairs_writer(self, round_: int, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-        with files.parquet_writer(self.round_dir(round_) / "pairs.parquet", schema) as writer:
-            yield writer
+    def examples_writer(self, round_: int, kind: ExampleKind, schema: pa.Schema) -> Iterator[ExamplesWriter]:
+        """A writer of pairs.parquet or labels.parquet; what it notes is read by `example_notes`."""
+        with files.parquet_writer(self.round_dir(round_) / f"{kind}.parquet", schema) as writer:
+            yield ExamplesWriter(writer)
+
+    def examples(self, round_: int, kind: ExampleKind) -> pa.Table:
+        """What a round trains on. Never pruned: later rounds may replay it."""
+        return self._read(self.round_dir(round_) / f"{kind}.parquet")
+
+    def has_examples(self, round_: int, kind: ExampleKind) -> bool:
+        return (self.round_dir(round_) / f"{kind}.parquet").exists()
+
+    def example_notes(self, round_: int, kind: ExampleKind) -> dict[str, Any]:
+        """What the round's builder noted in the file's footer."""
+        metadata = pq.read_metadata(self.round_dir(round_) / f"{kind}.parquet").metadata
+        return json.loads(metadata[EXAMPLE_NOTES])
 
     def pairs(self, round_: int) -> pa.Table:
-        return self._read(self.round_dir(round_) / "pairs.parquet")
+        return self.examples(round_, "pairs")
 
-    def has_pairs(self, round_: int) -> bool:
-        return (self.round_dir(round_) / "pairs.parquet").exists()
+    def write_response_logps(self, round_: int, logps: Any) -> None:
+        """(R,) float32: logps of the round's judged responses under its reference, in order of parts, groups, index."""
+        table = pa.table({"response": logps}, schema=RESPONSE_LOGP_SCHEMA)
+        files.write_parquet(self.round_dir(round_) / "response_logps.parquet", table)
+
+    def response_logps(self, round_: int) -> Any | None:
+        """What `write_response_logps` wrote; None if not computed yet."""
+        path = self.round_dir(round_) / "response_logps.parquet"
+        return self._read(path)["response"].to_numpy() if path.exists() else None
 
     def write_logps(
         self, round_: int, kind: LogpKind, logps: dict[str, Any], notes: dict[str, Any] | None = None

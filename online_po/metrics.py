@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from online_po.types import Group, Judgement, Response
 
@@ -25,7 +23,7 @@ HISTOGRAM_VALUES = 16
 HISTOGRAM_BINS = 32
 """A histogram has at most two bins more than this."""
 
-SUMMED = ("pairs", "tokens", "seconds", "skipped")
+SUMMED = ("pairs", "labels", "tokens", "seconds", "skipped")
 """Step metrics that add up over a round; `tokens` are response tokens, `skipped` is 1 for a step that was not finite
 and left out."""
 PER_TOKEN = ("entropy",)
@@ -274,22 +272,21 @@ def _weight(name: str, step: Mapping[str, float]) -> float:
         return 1.0
     if name in PER_TOKEN:
         return step["tokens"]
-    return step["pairs"]
+    return step["pairs"] if "pairs" in step else step["labels"]
 
 
-def likelihood_shift(means: Mapping[str, float], pairs: pa.Table) -> dict[str, float]:
+def likelihood_shift(means: Mapping[str, float], sampler: Mapping[str, np.ndarray]) -> dict[str, float]:
     """chosen_shift, rejected_shift: log(policy while it trained / policy that sampled) of a round's responses, mean
     over pairs, in nats a response, at temperature 1.
 
     The same pairs on both sides, so that neither prompts nor the reference enter, and rounds compare. Below zero on
-    both sides is likelihood displacement: the mass goes to responses that nobody judged. `means`: `round_means`.
-    Nothing where steps were left out, or where pairs were not all sampled.
+    both sides is likelihood displacement: the mass goes to responses that nobody judged. `means`: `round_means`;
+    `sampler`: {side: (N,)} the sampling policy's logps. Nothing where steps were left out, or where not all responses
+    are the round's own (their logps are NaN).
     """
     sides = ("chosen", "rejected")
     if means.get("skipped") or any(f"{side}_logps" not in means for side in sides):
         return {}
-    names = [f"{side}_sampler_logp" for side in sides]
-    if any(name not in pairs.column_names or pairs[name].null_count for name in names):
+    if any(side not in sampler or np.isnan(sampler[side]).any() for side in sides):
         return {}
-    sampled = {side: pc.mean(pairs[f"{side}_sampler_logp"]).as_py() for side in sides}
-    return {f"{side}_shift": means[f"{side}_logps"] - sampled[side] for side in sides if math.isfinite(sampled[side])}
+    return {f"{side}_shift": means[f"{side}_logps"] - float(sampler[side].mean()) for side in sides}

@@ -4,70 +4,160 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from online_po.sections import PairsConfig
-from online_po.types import Group, Judgement, Pair, Response
+from online_po.types import GivenResponse, Group, Judgement, Pair, Prompt, Response
 
-Skip = Literal["judge_failed", "identical", "tie", "below_min_margin"]
-"""Why a prompt gave no pair: its judgement failed; the responses that would be paired read the same (a judge
-sees text, so the same text in other tokens is the same response); all scores were equal; the gap was below
-`pairs.min_margin`."""
+Skip = Literal[
+    "judge_failed",
+    "identical",
+    "tie",
+    "below_min_margin",
+    "length_ratio",
+    "same_as_chosen",
+    "chosen_too_long",
+    "no_contrast",
+]
+"""Why a prompt gave no example: its judgement failed; the responses that would be paired read the same (a judge sees
+text, so the same text in other tokens is the same response); their scores were equal; the gap was below
+`pairs.min_margin`; one was more than `pairs.max_length_ratio` times as long as the other; its responses all read as
+the given one (spin); the given one is too long for the context (spin); no response was labelled (see
+`online_po.labels`)."""
+
+Scored = tuple[Response, float]
+Candidate = tuple[Scored, Scored]
+"""Two responses that may become a pair, the higher score first (or an equal one)."""
 
 
-def build_pairs(group: Group, judgement: Judgement, config: PairsConfig, seed: int) -> tuple[list[Pair], Skip | None]:
+def build_pairs(
+    group: Group, judgement: Judgement, config: PairsConfig, seed: int, rewards: Sequence[float] | None = None
+) -> tuple[list[Pair], Skip | None]:
     """The pairs of one group, best margins first, or the reason why there are none.
 
-    `seed` decides the draws of the random strategies; give each group its own.
+    `seed` decides the draws of the random strategies; give each group its own. `rewards`: for hardest_reward, the
+    implicit reward of each response, in order of `Response.index` (`online_po.implicit_rewards`).
     """
     if judgement.scores is None:
         return [], "judge_failed"
     scored = list(zip(group.responses, judgement.scores, strict=True))
-    if len({response.text for response, _ in scored}) < 2:
-        return [], "identical"
-    if len({score for _, score in scored}) < 2:
-        return [], "tie"
     # Ties keep the order of sampling, which is random already: no judge and no length decides them.
     ranked = sorted(scored, key=lambda item: -item[1])
-    usable = [(a, b) for a, b in itertools.combinations(ranked, 2) if _usable(a, b, config.min_margin)]
-    if not usable:
-        return [], "below_min_margin" if config.min_margin > 0 else "identical"
-    chosen = _select(ranked, usable, config, random.Random(seed))
-    if not chosen:
-        return [], "below_min_margin" if config.min_margin > 0 else "identical"
+    candidates = _candidates(ranked, config)
+    for reason, passes in _conditions(config):
+        candidates = [pair for pair in candidates if passes(*pair)]
+        if not candidates:
+            return [], reason
     return [
-        Pair(prompt=group.prompt, chosen=a[0], rejected=b[0], chosen_score=a[1], rejected_score=b[1]) for a, b in chosen
+        Pair(prompt=group.prompt, chosen=a[0], rejected=b[0], chosen_score=a[1], rejected_score=b[1])
+        for a, b in _select(candidates, config, random.Random(seed), rewards)
     ], None
 
 
-Scored = tuple[Response, float]
+def _candidates(ranked: list[Scored], config: PairsConfig) -> list[Candidate]:
+    """All that the strategy looks at, of which ties and the like still have to go."""
+    match config.strategy:
+        case "best_random":
+            best = [item for item in ranked if item[1] == ranked[0][1]]
+            worse = [item for item in ranked if item[1] < ranked[0][1]]
+            return list(itertools.product(best, worse)) or list(itertools.combinations(ranked, 2))
+        case "top_bottom_k":
+            return [(ranked[i], ranked[-1 - i]) for i in range(config.k)]
+    return list(itertools.combinations(ranked, 2))
 
 
-def _usable(a: Scored, b: Scored, min_margin: float) -> bool:
-    return a[1] > b[1] and a[1] - b[1] >= min_margin and a[0].text != b[0].text
+def _conditions(config: PairsConfig) -> list[tuple[Skip, Callable[[Scored, Scored], bool]]]:
+    """What a pair must fulfil, each with what is said of a group none of whose candidates does."""
+    ratio = config.max_length_ratio
+    conditions: list[tuple[Skip, Callable[[Scored, Scored], bool]]] = [
+        ("identical", lambda a, b: a[0].text != b[0].text),
+        ("tie", lambda a, b: a[1] > b[1]),
+        ("below_min_margin", lambda a, b: a[1] - b[1] >= config.min_margin),
+    ]
+    if ratio is not None:
+        conditions.append(("length_ratio", lambda a, b: _alike_in_length(a[0], b[0], ratio)))
+    return conditions
+
+
+def _alike_in_length(a: Response | GivenResponse, b: Response | GivenResponse, ratio: float) -> bool:
+    """Whether the longer one has at most `ratio` times the other's tokens."""
+    shorter, longer = sorted((len(a.token_ids), len(b.token_ids)))
+    return longer <= ratio * shorter
 
 
 def _select(
-    ranked: list[Scored], usable: list[tuple[Scored, Scored]], config: PairsConfig, rng: random.Random
-) -> list[tuple[Scored, Scored]]:
+    usable: list[Candidate], config: PairsConfig, rng: random.Random, rewards: Sequence[float] | None
+) -> list[Candidate]:
     match config.strategy:
         case "best_worst":
             # Widest usable gap: the best against the worst, unless those two are the same text.
             return [max(usable, key=_margin)]
-        case "best_random":
-            best_score = ranked[0][1]
-            best = [pair for pair in usable if pair[0][1] == best_score]
-            return [rng.choice(best)] if best else []
-        case "random":
+        case "best_random" | "random":
             return [rng.choice(usable)]
-        case "top_bottom_k":
-            pairs = [(ranked[i], ranked[-1 - i]) for i in range(config.k)]
-            pairs = [pair for pair in pairs if _usable(*pair, config.min_margin)]
-        case "all":
-            pairs = usable
-    pairs = sorted(pairs, key=lambda pair: -_margin(pair))
-    return pairs[: config.max_per_prompt]
+        case "hardest":
+            smallest = min(map(_margin, usable))
+            # Grades leave many equal gaps; the first would always be the one between the best responses.
+            return [rng.choice([pair for pair in usable if _margin(pair) == smallest])]
+        case "hardest_reward":
+            assert rewards is not None
+            gaps = {
+                (a[0].index, b[0].index): (abs(rewards[a[0].index] - rewards[b[0].index]), _margin((a, b)))
+                for a, b in usable
+            }
+            smallest_gap = min(gaps.values())
+            return [rng.choice([(a, b) for a, b in usable if gaps[a[0].index, b[0].index] == smallest_gap])]
+    return sorted(usable, key=lambda pair: -_margin(pair))[: config.max_per_prompt]
 
 
-def _margin(pair: tuple[Scored, Scored]) -> float:
+def _margin(pair: Candidate) -> float:
     return pair[0][1] - pair[1][1]
+
+
+def spin_pairs(
+    group: Group, given: GivenResponse, config: PairsConfig, seed: int, max_length: int
+) -> tuple[list[Pair], Skip | None]:
+    """SPIN's pairs (Chen et al. 2024, arXiv 2401.01335): a given response against the policy's own.
+
+    The rejected ones are drawn by `seed` from the group's distinct responses, but for those that read as the given
+    one: one of them, or `pairs.max_per_prompt`. No score decides anything. `max_length`: tokens of prompt and given
+    response that the context holds.
+    """
+    if len(group.prompt.token_ids) + len(given.token_ids) > max_length:
+        return [], "chosen_too_long"
+    own: dict[str, Response] = {}
+    for response in group.responses:
+        if response.text != given.text:
+            own.setdefault(response.text, response)
+    if not own:
+        return [], "same_as_chosen"
+    usable = list(own.values())
+    if config.max_length_ratio is not None:
+        usable = [response for response in usable if _alike_in_length(given, response, config.max_length_ratio)]
+    if not usable:
+        return [], "length_ratio"
+    rng = random.Random(seed)
+    drawn = rng.sample(usable, min(len(usable), config.max_per_prompt or 1))
+    return [_spin_pair(group.prompt, given, rejected) for rejected in drawn], None
+
+
+def _spin_pair(prompt: Prompt, given: GivenResponse, rejected: Response) -> Pair:
+    return Pair(prompt=prompt, chosen=given, rejected=rejected, chosen_score=None, rejected_score=None)
+
+
+def flip(pair: Pair) -> Pair:
+    """The pair as a judge that errs would have given it: the responses swap sides, and the two scores do not, so that
+    the chosen one still has the higher score and the margin stays above zero.
+
+    For finding out how much label noise a loss stands (Chowdhury et al. 2024, arXiv 2403.00409, flip labels at a
+    known rate); see `pairs.flip_rate`.
+    """
+    assert isinstance(pair.chosen, Response), "only responses that were scored are flipped"
+    return Pair(
+        prompt=pair.prompt,
+        chosen=pair.rejected,
+        rejected=pair.chosen,
+        chosen_score=pair.chosen_score,
+        rejected_score=pair.rejected_score,
+        flipped=not pair.flipped,
+    )

@@ -8,8 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
+
 from online_po.config import Config
 from online_po.errors import OnlinePOError
+from online_po.given import ResponseEncoder
 from online_po.ledger import Ledger
 from online_po.observers import PhaseTimer
 from online_po.protocols import Generator, JudgePool, Learner, Observer
@@ -31,6 +34,10 @@ class Parts:
     heldout: Sequence[Prompt] | None
     start: Path
     """Folder of the starting model (policy version 0)."""
+    seed_pairs: pa.Table | None = None
+    """The pairs of `pairs.seed_path`, in PAIR_SCHEMA."""
+    encode: ResponseEncoder | None = None
+    """Tokenises given responses, for pairs.strategy: spin."""
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set when the run ends, for good or ill: sampling hands out no more work."""
     sampler: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="sampler"))

@@ -15,9 +15,13 @@ from typing import Any
 
 from online_po.config import Config
 from online_po.errors import ConfigError, first_line
+from online_po.example_checks import check_prompt_columns
+from online_po.example_mix import wanted
+from online_po.given import ResponseEncoder
 from online_po.memory import memory
 from online_po.model_config import load_tokenizer, read_model_config
 from online_po.prompts import PromptSet, load_prompts
+from online_po.seed_pairs import SeedPairs, load_seed_pairs, require_scores
 
 GIB = 1024**3
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -45,6 +49,9 @@ class Plan:
     tokenizer: Any
     train: PromptSet
     heldout: PromptSet | None
+    seed_pairs: SeedPairs | None
+    encode: ResponseEncoder | None
+    """Tokenises given responses, where the config has such."""
     shape: ModelShape
     figures: dict[str, str]
     """Label -> estimate, for people: rounds, tokens, steps, memory, disk."""
@@ -75,6 +82,8 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
                     validate_constraints(prompt.metadata)
                 except ConfigError as error:
                     raise ConfigError(f"prompt {prompt.messages[-1]['content'][:60]!r}: {error}") from error
+    check_prompt_columns(config, train)
+    encode, seed_pairs = _given(config, tokenizer, heldout, shape)
     if config.loop.prompts_per_round > len(train):
         raise ConfigError(
             f"loop.prompts_per_round is {config.loop.prompts_per_round}, but only {len(train)} prompts are left to "
@@ -102,8 +111,10 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
         tokenizer=tokenizer,
         train=train,
         heldout=heldout,
+        seed_pairs=seed_pairs,
+        encode=encode,
         shape=shape,
-        figures=_figures(config, shape, need, train, heldout),
+        figures=_figures(config, shape, need, train, heldout, seed_pairs),
         warnings=[*_resource_warnings(config, need), *_setting_warnings(config, need)],
     )
 
@@ -123,6 +134,27 @@ def _check_custom_losses(config: Config) -> None:
     for name in ("preference_probabilities", "log_ratio_mean", "margin_mean"):
         if name in names and not any(loss.name != "custom" and name in tensor_names(loss) for loss in config.loss):
             raise ConfigError(f"loss.function reads {name}, which a custom loss is not given; drop that parameter")
+
+
+def _given(
+    config: Config, tokenizer: Any, heldout: PromptSet | None, shape: ModelShape
+) -> tuple[ResponseEncoder | None, SeedPairs | None]:
+    """What tokenises given responses, and the seed pairs, where the config has such. Raises ConfigError."""
+    if config.pairs.strategy != "spin" and config.pairs.seed_path is None:
+        return None, None
+    encode = ResponseEncoder(
+        tokenizer,
+        apply_chat_template=config.prompts.apply_chat_template,
+        max_length=min(config.prompts.max_tokens + config.generator.max_tokens, shape.context),
+    )
+    if config.pairs.seed_path is None:
+        return encode, None
+    held_out = heldout.asked() if heldout is not None else set()
+    seed_pairs = load_seed_pairs(config.pairs.seed_path, config.prompts, tokenizer, encode, held_out)
+    for loss in config.loss:
+        if loss.needs_scores or loss.needs_probabilities:
+            require_scores(seed_pairs, config.pairs.seed_path, loss.name)
+    return encode, seed_pairs
 
 
 def resolve_model(config: Config) -> Path:
@@ -246,8 +278,8 @@ class Estimate:
     """Memory of one engine."""
     disk: float
     """The run folder at its largest."""
-    pairs: int
-    """Most pairs a round can give."""
+    examples: int
+    """Most pairs, or labelled responses, a round can give."""
     steps: int
     """Most optimizer steps of a round."""
 
@@ -255,9 +287,9 @@ class Estimate:
 def estimate(config: Config, shape: ModelShape) -> Estimate:
     """What a run needs at most."""
     loop, learner, generator = config.loop, config.learner, config.generator
-    n, strategy = loop.responses_per_prompt, config.pairs.strategy
-    per_prompt = {"top_bottom_k": config.pairs.k, "all": n * (n - 1) // 2}.get(strategy, 1)
-    pairs = loop.prompts_per_round * min(per_prompt, config.pairs.max_per_prompt or per_prompt)
+    n = loop.responses_per_prompt
+    own = loop.prompts_per_round * _per_prompt(config)
+    examples = own + sum(wanted(own, config.pairs.replay_share, config.pairs.seed_share))
     weights = shape.parameters * BYTES[learner.param_dtype]
     # Full: weights, gradients, two moments, and a reference of its own unless it is the sampling policy.
     own_reference = config.reference.kind == "fixed" or config.reference.every > 1 or config.measures_kl_to_start
@@ -275,18 +307,37 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
         learner=copies * weights / learner.ranks,
         generator=shape.parameters * BYTES[engine_dtype(config)] / generator.tensor_parallel + cache,
         disk=kept * saved + data,
-        pairs=pairs,
-        steps=math.ceil(pairs / learner.global_batch_size) * learner.epochs,
+        examples=examples,
+        steps=math.ceil(examples / learner.global_batch_size) * learner.epochs,
     )
 
 
+def _per_prompt(config: Config) -> int:
+    """Most pairs, or labelled responses, that a prompt can give."""
+    pairs, n = config.pairs, config.loop.responses_per_prompt
+    if config.example_kind == "labels":
+        return 2 * max(1, int(config.labels.share * n)) if config.labels.rule == "top_bottom" else n
+    if pairs.strategy == "spin":
+        return min(n, pairs.max_per_prompt or 1)
+    most = {"top_bottom_k": pairs.k, "all": n * (n - 1) // 2}.get(pairs.strategy, 1)
+    return min(most, pairs.max_per_prompt or most)
+
+
 def _figures(
-    config: Config, shape: ModelShape, need: Estimate, train: PromptSet, heldout: PromptSet | None
+    config: Config,
+    shape: ModelShape,
+    need: Estimate,
+    train: PromptSet,
+    heldout: PromptSet | None,
+    seed_pairs: SeedPairs | None,
 ) -> dict[str, str]:
     loop, n = config.loop, config.loop.responses_per_prompt
     responses = loop.prompts_per_round * n
     held = f"{len(heldout):,} held out" if heldout is not None else "none held out"
     epochs = loop.rounds * loop.prompts_per_round / len(train)
+    mix = ""
+    if seed_pairs is not None:
+        mix = f", {config.pairs.seed_share:.0%} of them out of {seed_pairs.table.num_rows:,} seed pairs"
     cache = ", and its KV cache"
     if config.generator.engine == "vllm":
         left = ", and the KV cache that generator.gpu_memory_utilization leaves"
@@ -294,24 +345,26 @@ def _figures(
     return {
         "model": f"{shape.parameters / 1e6:,.1f} M weights, context of {shape.context:,} tokens",
         "prompts": f"{len(train):,} to train on, {held}; {train.token_counts.mean():,.0f} tokens on average",
-        **_left_out("train prompts", train),
-        **(_left_out("held-out prompts", heldout) if heldout is not None else {}),
+        **_left_out("train prompts", train.counts),
+        **(_left_out("held-out prompts", heldout.counts) if heldout is not None else {}),
+        **(_left_out("seed pairs left out", seed_pairs.counts) if seed_pairs is not None else {}),
         "rounds": f"{loop.rounds} of {loop.prompts_per_round:,} prompts x {n} responses ({epochs:.2f} epochs)",
         "responses": f"{responses:,} a round, up to {responses * config.generator.max_tokens:,} tokens",
-        "pairs": f"up to {need.pairs:,} a round: {need.steps:,} optimizer steps, {need.steps * loop.rounds:,} in all",
+        config.example_kind: f"up to {need.examples:,} a round: {need.steps:,} optimizer steps, "
+        f"{need.steps * loop.rounds:,} in all{mix}",
         "learner memory": f"about {need.learner / GIB:.1f} GiB a rank (of {config.learner.ranks}), and activations",
         "engine memory": f"about {need.generator / GIB:.1f} GiB a replica (of {config.generator.replicas}){cache}",
         "disk": f"up to {need.disk / GIB:.1f} GiB in {config.run_dir}",
     }
 
 
-def _left_out(label: str, prompts: PromptSet) -> dict[str, str]:
-    """Prompts that are not used, by reason; nothing if all are."""
-    reasons = {k: v for k, v in prompts.counts.items() if v and k not in ("loaded", "used")}
+def _left_out(label: str, counts: dict[str, int]) -> dict[str, str]:
+    """Rows that are not used, by reason; nothing if all are."""
+    reasons = {k: v for k, v in counts.items() if v and k not in ("loaded", "used")}
     if not reasons:
         return {}
     text = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in reasons.items())
-    return {label: f"{prompts.counts['loaded']:,} loaded, not used: {text}"}
+    return {label: f"{counts['loaded']:,} loaded, not used: {text}"}
 
 
 def _resource_warnings(config: Config, need: Estimate) -> list[str]:
@@ -338,10 +391,10 @@ def _setting_warnings(config: Config, need: Estimate) -> list[str]:
     """Settings that are allowed, but do not do what they say."""
     found = []
     loop, generator, batch = config.loop, config.generator, config.learner.global_batch_size
-    if batch > need.pairs:
+    if batch > need.examples:
         found.append(
-            f"learner.global_batch_size is {batch}, but a round gives {need.pairs} pairs at most, so no batch is ever "
-            "full; lower it, or raise loop.prompts_per_round"
+            f"learner.global_batch_size is {batch}, but a round gives {need.examples} {config.example_kind} at most, "
+            "so no batch is ever full; lower it, or raise loop.prompts_per_round"
         )
     chunks = math.ceil(loop.prompts_per_round / generator.chunk_prompts)
     if chunks < generator.replicas:

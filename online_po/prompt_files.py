@@ -33,10 +33,10 @@ class Source:
     """(place for error messages, the row), in file order. Raises ConfigError for a row that is no JSON."""
 
 
-def open_file(field: str, path: str, column: str) -> Source:
+def open_file(field: str, path: str, column: str | None) -> Source:
     """Opens a .jsonl, .parquet or .csv file named by the setting `field`.
 
-    Raises ConfigError if it is missing, of another kind, unreadable, or has no column `column`.
+    Raises ConfigError if it is missing, of another kind, unreadable, or has no column `column` (None: any will do).
     """
     label, file = f"{field} {path!r}", Path(path)
     if file.is_dir():
@@ -154,16 +154,17 @@ def _read_jsonl(file: Path, label: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"line {number}", row
 
 
-def _open_parquet(file: Path, label: str, column: str) -> Source:
+def _open_parquet(file: Path, label: str, column: str | None) -> Source:
     import pyarrow.parquet as pq
 
     parquet = pq.ParquetFile(file)
-    require_column(label, column, parquet.schema_arrow.names)
+    if column is not None:
+        require_column(label, column, parquet.schema_arrow.names)
     rows = _number(parquet.iter_batches(_BATCH_ROWS), label)
     return Source(label=label, total=parquet.metadata.num_rows, rows=rows)
 
 
-def _open_csv(file: Path, label: str, column: str) -> Source:
+def _open_csv(file: Path, label: str, column: str | None) -> Source:
     from pyarrow import csv
 
     if file.stat().st_size == 0:
@@ -172,9 +173,10 @@ def _open_csv(file: Path, label: str, column: str) -> Source:
         file,
         parse_options=csv.ParseOptions(newlines_in_values=True),
         # A prompt such as "007" or "true" is text, whatever the other rows look like.
-        convert_options=csv.ConvertOptions(column_types={column: pa.string()}),
+        convert_options=csv.ConvertOptions(column_types={column: pa.string()} if column is not None else None),
     )
-    require_column(label, column, table.column_names)
+    if column is not None:
+        require_column(label, column, table.column_names)
     return Source(label=label, total=table.num_rows, rows=_number(table.to_batches(_BATCH_ROWS), label))
 
 

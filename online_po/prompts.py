@@ -56,6 +56,10 @@ class PromptSet(Sequence[Prompt]):
         """(N,) int64: tokens of each prompt, template included."""
         return np.diff(self._offsets)
 
+    def asked(self) -> set[str]:
+        """Ids of what the prompts ask, metadata aside: `stable_id` of their messages."""
+        return set(self._table["messages_id"].to_pylist())
+
     def fingerprint(self) -> str:
         """Hex digest of all prompts in order: what they ask, their metadata and their tokens."""
         digest = hashlib.sha256("\n".join(self._ids.to_pylist()).encode())
@@ -143,19 +147,19 @@ def _read(
         for place, row in chunk:
             where = f"{source.label}, {place}"
             require_column(where, config.column, row)
-            messages = _to_messages(row.pop(config.column), config, where)
+            messages = to_messages(row.pop(config.column), config, where)
             if not messages or not messages[-1]["content"].strip():
                 counts["empty"] += 1
                 continue
             metadata = {name: plain(value, f"{where}: column {name!r}") for name, value in row.items()}
-            _require_text([messages, metadata], where)
+            require_text([messages, metadata], where)
             prompt_id = stable_id([messages, metadata])
             if prompt_id in seen:
                 counts["duplicates"] += 1
                 continue
             seen.add(prompt_id)
             fresh.append((where, prompt_id, messages, metadata))
-        table = _tokenize(fresh, config, tokenizer)
+        table = tokenize_prompts(fresh, config, tokenizer)
         counts["loaded"] += len(chunk)
         counts["too_long"] += len(fresh) - table.num_rows
         tables.append(table)
@@ -166,7 +170,7 @@ def _read(
     return pa.concat_tables(tables).combine_chunks(), counts
 
 
-def _require_text(value: Any, where: str) -> None:
+def require_text(value: Any, where: str) -> None:
     """Raises ConfigError for half a surrogate pair, which JSON can escape but no file, tokenizer or judge can take."""
     try:
         _dump(value).encode()
@@ -178,7 +182,7 @@ def _require_text(value: Any, where: str) -> None:
         ) from error
 
 
-def _to_messages(value: Any, config: PromptsConfig, where: str) -> list[Message]:
+def to_messages(value: Any, config: PromptsConfig, where: str) -> list[Message]:
     """A cell of the prompt column as chat messages, system prompt in front; an empty list for nothing."""
     match value:
         case None:
@@ -221,7 +225,7 @@ def _to_message(item: Any, column: str, where: str) -> Message:
     )
 
 
-def _tokenize(
+def tokenize_prompts(
     prompts: Sequence[tuple[str, str, list[Message], dict[str, Any]]], config: PromptsConfig, tokenizer: Any
 ) -> pa.Table:
     """(where, id, messages, metadata) -> the rows of _SCHEMA that are within `max_tokens`."""

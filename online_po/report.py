@@ -19,6 +19,7 @@ from online_po.run_view import (
     USEFUL_PHASES,
     RunView,
     duration,
+    example_count,
     interval,
     load_run_view,
     number,
@@ -49,6 +50,15 @@ REASONS = {
     "identical": "all responses the same",
     "tie": "all scores equal",
     "below_min_margin": "gap below pairs.min_margin",
+    "length_ratio": "lengths further apart than pairs.max_length_ratio",
+    "same_as_chosen": "all responses as the given one",
+    "chosen_too_long": "the given response is over the context",
+    "no_contrast": "no response labelled",
+    "balance": "of a domain too large for pairs.balance_ratio",
+    "fresh": "of the round's responses",
+    "spin": "a given response against an own one",
+    "replay": "replayed from earlier rounds",
+    "seed": "from pairs.seed_path",
     "loaded": "loaded",
     "used": "used",
     "empty": "empty",
@@ -142,12 +152,12 @@ def _tiles(view: RunView) -> list[dict[str, str]]:
             }
         )
     responses = sum(r.summary["responses"] for r in view.trained_rounds)
-    pairs = sum(r.summary["pairs"] for r in view.trained_rounds)
+    examples = sum(example_count(r.summary) or 0 for r in view.trained_rounds)
     tiles.append(
         {
             "label": "rounds committed",
             "value": f"{view.trained} of {view.planned}",
-            "note": f"{plural(responses, 'response')}, {plural(round(pairs), 'pair')}",
+            "note": f"{plural(responses, 'response')}, {plural(examples, view.example)}",
         }
     )
     if (use := time_use(view)) and use["wall"]:
@@ -171,14 +181,14 @@ def _table(view: RunView) -> list[dict[str, Any]]:
     for round_ in view.table_rounds:
         evaluation = round_.evaluation or dict.fromkeys(("score", "versus_start", "versus_previous"))
         length, share = evaluation.get("length_mean"), evaluation.get("truncated_share")
-        pairs, kl = round_.summary.get("pairs"), view.kl_to_start(round_.number)
+        count, kl = example_count(round_.summary), view.kl_to_start(round_.number)
         rows.append(
             {
                 "name": f"round {round_.number}" if round_.number else "start",
                 "evaluation": evaluation,
                 "tokens": "–" if length is None else f"{length:.1f}",
                 "cut": "–" if share is None else f"{100 * share:.1f}%",
-                "pairs": "–" if pairs is None else f"{pairs:,.0f}",
+                "examples": "–" if count is None else f"{count:,}",
                 "kl": "–" if kl is None else f"{kl:.3f}",
             }
         )
@@ -221,16 +231,23 @@ def _time_note(view: RunView) -> str:
 def _left_out(view: RunView) -> list[dict[str, Any]]:
     """Counts by reason, over the whole run."""
     skips: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    drops: Counter[str] = Counter()
     failures: Counter[str] = Counter()
     for round_ in view.trained_rounds:
         skips.update(round_.summary["pair_skips"])
+        # Runs of an earlier version have neither.
+        sources.update(round_.summary.get("sources", {}))
+        drops.update(round_.summary.get("pair_drops", {}))
         failures.update(round_.summary["judge_failures"])
     heldout: Counter[str] = Counter()
     for evaluation in view.evaluations:
         heldout.update(evaluation["failures"])
     prompts = view.info.get("prompts", {})
     groups = [
-        ("Prompts without a pair", skips),
+        (f"Prompts without a {view.example}", skips),
+        (f"{view.example.capitalize()}s left out", drops),
+        (f"Where {view.example}s came from", sources if len(sources) > 1 else {}),
         ("Failed judgements, training prompts", failures),
         ("Failed judgements, held-out prompts", heldout),
         *((f"Prompts, {name}", prompts[key]) for key, name in PROMPT_SETS if prompts.get(key)),

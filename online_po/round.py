@@ -10,14 +10,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from online_po.anchors import make_anchors
+from online_po.anchors import make_anchors, sampler_logps
 from online_po.betas import next_scale, round_betas
 from online_po.config import Config
 from online_po.cursor import PromptCursor
-from online_po.examples import make_pairs
+from online_po.examples import count_examples, make_examples
 from online_po.guards import round_findings, rows_needed
 from online_po.judging import Judging
 from online_po.loss_configs import reward_beta
@@ -109,12 +106,12 @@ def train_round(parts: Parts, round_: int) -> None:
     reference_round = before.reference_round
     betas = round_betas(config.loss, round_, before.beta_scale)
     with observer.phase("pair", round_):
-        pairs, sampled = make_pairs(parts, round_, draw_prompts(parts, round_))
+        examples, sampled = make_examples(parts, round_, draw_prompts(parts, round_), reference_round)
     with observer.phase("reference", round_):
-        anchors = make_anchors(parts, round_, pairs, reference_round)
+        anchors = make_anchors(parts, round_, examples, reference_round)
     steps: list[dict[str, float]] = []
     with observer.phase("learn", round_):
-        for metrics in parts.learner.update(round_, pairs, anchors.reference, anchors.start, betas):
+        for metrics in parts.learner.update(round_, examples, anchors.reference, anchors.start, betas):
             steps.append(metrics)
             observer.step(round_, metrics)
     if config.reference.kind == "refresh" and round_ % config.reference.every == 0:
@@ -124,7 +121,7 @@ def train_round(parts: Parts, round_: int) -> None:
     with observer.phase("commit", round_):
         rows = [{"kind": "step", "round": round_, "step": i, **metrics} for i, metrics in enumerate(steps, 1)]
         means = round_means(steps)
-        kl = anchors.sampling_kl(pairs)
+        kl = anchors.sampling_kl(examples)
         beta_scale = before.beta_scale
         # A policy that is its own reference is at distance zero: nothing to learn about beta.
         if config.beta_control is not None and sampled["policy_version_sampled"] != before.reference_round:
@@ -138,12 +135,10 @@ def train_round(parts: Parts, round_: int) -> None:
             "beta": reward_beta(config.loss, betas),
             **sampled,
             **means,
-            **likelihood_shift(means, pairs),
+            **likelihood_shift(means, sampler_logps(examples)),
             **kl,
             **({} if anchors.sampler_mismatch is None else {"sampler_mismatch": anchors.sampler_mismatch}),
-            "pairs": pairs.num_rows,
-            "chosen_length": mean_length(pairs["chosen_token_ids"]),
-            "rejected_length": mean_length(pairs["rejected_token_ids"]),
+            **count_examples(examples),
             **parts.timer.round_seconds(round_),
         }
         earlier = [ledger.round_row(r) for r in rows_needed(config.guards, round_)]
@@ -157,11 +152,6 @@ def train_round(parts: Parts, round_: int) -> None:
             beta_scale=beta_scale,
         )
     observer.round(summary)
-
-
-def mean_length(token_ids: pa.ChunkedArray) -> float:
-    """Mean number of tokens of a column of token ids."""
-    return float(pc.mean(pc.list_value_length(token_ids)).as_py())
 
 
 def probe_of(learner: Learner, token_ids: Sequence[int]) -> Probe:

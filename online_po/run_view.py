@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -108,6 +108,11 @@ class RunView:
         """The committed rounds that a table shows."""
         return evenly([r for r in self.rounds if r.committed], MAX_TABLE_ROWS)
 
+    @property
+    def example(self) -> str:
+        """What the run trains on, in one word: pair, or label."""
+        return "label" if any("labels" in r.summary for r in self.rounds) else "pair"
+
     def kl_to_start(self, version: int) -> float | None:
         """KL of a policy to the start (k1, nats a response), from the first round that it sampled; None if it sampled
         none yet, as the last one never does."""
@@ -118,6 +123,11 @@ class RunView:
     def trained_rounds(self) -> list[RoundView]:
         """The rounds that have their metrics."""
         return [r for r in self.rounds if r.summary]
+
+
+def example_count(summary: Mapping[str, Any]) -> int | None:
+    """Pairs or labelled responses that a round trained on; None of a round without metrics."""
+    return summary.get("labels", summary.get("pairs"))
 
 
 def load_run_view(folder: Path) -> RunView:

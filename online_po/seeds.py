@@ -6,12 +6,14 @@ import json
 from hashlib import blake2b
 from typing import Any
 
+SEEDS = 2**31
+"""How many seeds there are: a seed over this is a number in [0, 1)."""
 _SEED_KEY = b"online-po seed 1"
 _ID_KEY = b"online-po id 1"
 
 
 def stable_seed(*parts: int | str) -> int:
-    """A seed in [0, 2**31) from its parts, for example (run seed, "sample", round, prompt id, index).
+    """A seed in [0, SEEDS) from its parts, for example (run seed, "sample", round, prompt id, index).
 
     The same parts give the same seed on every machine and in every process. Parts are told apart by type
     and length: ("a", "b"), ("ab",) and 1, "1" all differ.
@@ -22,7 +24,7 @@ def stable_seed(*parts: int | str) -> int:
         data = text.encode("utf-8", "surrogatepass")
         digest.update(b"%s%d:" % (b"s" if isinstance(part, str) else b"i", len(data)))
         digest.update(data)
-    return int.from_bytes(digest.digest(), "big") & 0x7FFFFFFF
+    return int.from_bytes(digest.digest(), "big") % SEEDS
 
 
 def stable_id(value: Any) -> str:

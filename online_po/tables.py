@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
-from online_po.types import Group, JudgeFailure, Judgement, Pair, Prompt, Response
+from online_po.types import (
+    FinishReason,
+    GivenResponse,
+    Group,
+    JudgeFailure,
+    Judgement,
+    Label,
+    Message,
+    Pair,
+    Prompt,
+    Response,
+)
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
@@ -49,6 +60,18 @@ JUDGEMENT_SCHEMA = pa.schema(
     ]
 )
 
+Source = Literal["fresh", "spin", "replay", "seed"]
+"""Where an example comes from: this round's responses; those against a text of the data set; an earlier round; a file
+of seed pairs."""
+OWN: tuple[Source, ...] = ("fresh", "spin")
+"""Sources of what a round makes itself; these rows come first in its file, and only they are ever replayed."""
+
+ORIGIN = (
+    ("source", pa.string()),  # a `Source`
+    ("source_round", pa.int32()),  # the round that made it; null for seed pairs
+    ("flipped", pa.bool_()),  # turned around on purpose, by pairs.flip_rate
+)
+
 PAIR_SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -69,7 +92,8 @@ PAIR_SCHEMA = pa.schema(
         ("rejected_finish_reason", pa.string()),
         ("chosen_rationale", pa.string()),
         ("rejected_rationale", pa.string()),
-        ("policy_version", pa.int32()),
+        ("policy_version", pa.int32()),  # of the sampled responses; null in seed pairs
+        *ORIGIN,
     ]
 )
 
@@ -87,8 +111,11 @@ LABEL_SCHEMA = pa.schema(
         ("response_finish_reason", pa.string()),
         ("response_rationale", pa.string()),
         ("policy_version", pa.int32()),
+        *ORIGIN,
     ]
 )
+
+RESPONSE_LOGP_SCHEMA = pa.schema([("response", pa.float32())])
 
 EVAL_SCHEMA = pa.schema(
     [
@@ -206,33 +233,82 @@ def table_to_judgements(table: pa.Table) -> list[Judgement]:
     ]
 
 
-def pairs_to_table(pairs: Iterable[tuple[Pair, Judgement]]) -> pa.Table:
+def pairs_to_table(pairs: Iterable[tuple[Pair, Judgement]], round_: int) -> pa.Table:
+    """The pairs that a round made itself, each with the judgement of its group. A given chosen response has neither
+    index nor sampler logp nor rationale, and its row is null there."""
+
     def rows() -> Iterator[tuple[Any, ...]]:
         for pair, judgement in pairs:
-            chosen, rejected, notes = pair.chosen, pair.rejected, judgement.rationales
+            chosen_logp, chosen_index, chosen_end, chosen_note = _side(pair.chosen, judgement)
+            rejected_logp, rejected_index, rejected_end, rejected_note = _side(pair.rejected, judgement)
             yield (
                 pair.prompt.id,
                 list(pair.prompt.messages),
-                [{"role": "assistant", "content": chosen.text}],
-                [{"role": "assistant", "content": rejected.text}],
+                assistant(pair.chosen.text),
+                assistant(pair.rejected.text),
                 pair.chosen_score,
                 pair.rejected_score,
                 pair.margin,
                 pair.prompt.token_ids,
-                chosen.token_ids,
-                rejected.token_ids,
-                sum(chosen.token_logps),
-                sum(rejected.token_logps),
-                chosen.index,
-                rejected.index,
-                chosen.finish_reason,
-                rejected.finish_reason,
-                notes[chosen.index] if notes else None,
-                notes[rejected.index] if notes else None,
-                chosen.policy_version,
+                pair.chosen.token_ids,
+                pair.rejected.token_ids,
+                chosen_logp,
+                rejected_logp,
+                chosen_index,
+                rejected_index,
+                chosen_end,
+                rejected_end,
+                chosen_note,
+                rejected_note,
+                pair.rejected.policy_version,
+                "spin" if isinstance(pair.chosen, GivenResponse) else "fresh",
+                round_,
+                pair.flipped,
             )
 
     return _table(rows(), PAIR_SCHEMA)
+
+
+def _side(
+    response: Response | GivenResponse, judgement: Judgement
+) -> tuple[float | None, int | None, FinishReason, str | None]:
+    """(sampler logp, index, finish reason, rationale) of one side of a pair."""
+    if isinstance(response, GivenResponse):
+        return None, None, "stop", None
+    note = judgement.rationales[response.index] if judgement.rationales else None
+    return sum(response.token_logps), response.index, response.finish_reason, note
+
+
+def labels_to_table(labels: Iterable[tuple[Label, Judgement]], round_: int) -> pa.Table:
+    """The labelled responses that a round made itself, each with the judgement of its group."""
+    return _table(
+        (
+            (
+                label.prompt.id,
+                list(label.prompt.messages),
+                assistant(label.response.text),
+                label.desirable,
+                label.score,
+                label.prompt.token_ids,
+                label.response.token_ids,
+                sum(label.response.token_logps),
+                label.response.index,
+                label.response.finish_reason,
+                judgement.rationales[label.response.index] if judgement.rationales else None,
+                label.response.policy_version,
+                "fresh",
+                round_,
+                label.flipped,
+            )
+            for label, judgement in labels
+        ),
+        LABEL_SCHEMA,
+    )
+
+
+def assistant(text: str) -> list[Message]:
+    """A response as the conversation that data sets hold it as."""
+    return [{"role": "assistant", "content": text}]
 
 
 def evaluation_to_table(groups: Sequence[Group], judgements: Sequence[Judgement]) -> pa.Table:

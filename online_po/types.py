@@ -87,19 +87,46 @@ class Judgement:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GivenResponse:
+    """A response that somebody wrote: no policy of the run sampled it, no judge scored it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """The text's tokens and what ends an assistant turn (`online_po.given.ResponseEncoder`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """Two responses to one prompt, the first judged better than the second."""
+    """Two responses to one prompt, the first better than the second."""
 
     prompt: Prompt
-    chosen: Response
+    chosen: Response | GivenResponse
     rejected: Response
-    chosen_score: float
-    rejected_score: float
+    chosen_score: float | None
+    """None where nobody scored the two against each other (`pairs.strategy: spin`); then both are."""
+    rejected_score: float | None
+    flipped: bool = False
+    """Whether `pairs.flip_rate` made the worse response the chosen one; the scores stand as an erring judge's would."""
 
     @property
-    def margin(self) -> float:
-        """Score gap, in units of the judge's score; always above zero."""
+    def margin(self) -> float | None:
+        """Score gap, in units of the judge's score; always above zero. None without scores."""
+        if self.chosen_score is None or self.rejected_score is None:
+            return None
         return self.chosen_score - self.rejected_score
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Label:
+    """One response, found desirable or not."""
+
+    prompt: Prompt
+    response: Response
+    desirable: bool | None
+    """None: judged, not labelled (yet)."""
+    score: float
+    flipped: bool = False
+    """Whether `pairs.flip_rate` turned the label around; the score stays the judge's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -139,7 +139,10 @@ class FakeLearner:
         rows = np.arange(examples.num_rows)
         for half in np.array_split(rows, 2):
             value = np.full(len(half), read_skill(policy), dtype=np.float32)
-            yield {"row": half, "chosen": value, "rejected": -value}
+            if "label" in examples.column_names:
+                yield {"row": half, "response": value}
+            else:
+                yield {"row": half, "chosen": value, "rejected": -value}
 
     def update(
         self,
@@ -149,10 +152,14 @@ class FakeLearner:
         start_logps: dict[str, np.ndarray] | None,
         betas: Sequence[float | None] | None = None,
     ) -> Iterator[dict[str, float]]:
-        anchor = 0.0 if reference_logps is None else float(reference_logps["chosen"].mean())
+        kind, side, signal = ("pairs", "chosen", "margin")
+        if "label" in examples.column_names:
+            kind, side, signal = ("labels", "response", "response_score")
+        anchor = 0.0 if reference_logps is None else float(reference_logps[side].mean())
+        gain = np.nan_to_num(examples[signal].to_numpy().astype(float))  # no margin without scores
         for _ in range(2):
-            self.skill += float(np.mean(examples["margin"].to_numpy())) + 0.1 * anchor
-            yield {"loss": -self.skill, "pairs": examples.num_rows / 2, "learning_rate": 1.0}
+            self.skill += float(gain.mean()) + 0.1 * anchor
+            yield {"loss": -self.skill, kind: examples.num_rows / 2, "learning_rate": 1.0}
         self.log.append(("update", round_, start_logps is not None))
         self.betas.append(betas)
 

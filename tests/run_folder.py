@@ -122,7 +122,7 @@ def _train(
         if skip:
             skips[skip] = skips.get(skip, 0) + 1
     folder.mkdir(parents=True, exist_ok=True)
-    table = pairs_to_table(rows)
+    table = pairs_to_table(rows, number)
     assert table.schema == PAIR_SCHEMA
     files.write_parquet(folder / "pairs.parquet", table)
     phases = {"generate": 61.0, "judge": 0.3, "pair": 0.2, "reference": 9.0, "learn": 42.0, "save": 1.1, "commit": 0.6}

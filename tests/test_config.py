@@ -246,7 +246,7 @@ def test_losses_without_a_reference_have_none():
         ({"beta": 0}, r"^loss.beta.* greater than 0, or a list .*got 0"),
         (
             [{"name": "kto"}, {"name": "sft"}],
-            r"^loss holds sft, which trains on pairs, and kto, which trains on single",
+            r"^loss mixes kto .unpaired. and sft .paired.",
         ),
         ({"beta": "much"}, r"^loss.beta.*number .*got 'much'"),
         ({"name": "sppo", "probability": "soft"}, r"^loss.probability is soft, but the judge gives no"),

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
 import pytest
 
 import make_guard_table
@@ -150,7 +150,7 @@ def test_over_optimisation_needs_both_a_near_perfect_fit_and_a_fall_beyond_noise
 
 
 def test_likelihood_shift_is_of_the_same_pairs():
-    pairs = pa.table({"chosen_sampler_logp": [-10.0, -20.0], "rejected_sampler_logp": [-30.0, -30.0]})
+    pairs = {"chosen": np.array([-10.0, -20.0]), "rejected": np.array([-30.0, -30.0])}
     steps = [
         {"pairs": 1.0, "chosen_logps": -9.0, "rejected_logps": -33.0},
         {"pairs": 1.0, "chosen_logps": -18.0, "rejected_logps": -37.0},
@@ -158,7 +158,7 @@ def test_likelihood_shift_is_of_the_same_pairs():
     assert likelihood_shift(round_means(steps), pairs) == {"chosen_shift": 1.5, "rejected_shift": -5.0}
     assert likelihood_shift(round_means([*steps, {"pairs": 1.0, "skipped": 1.0}]), pairs) == {}
     assert likelihood_shift({"loss": 1.0}, pairs) == {}
-    foreign = pairs.set_column(0, "chosen_sampler_logp", pa.array([-10.0, None]))
+    foreign = pairs | {"chosen": np.array([-10.0, np.nan])}
     assert likelihood_shift(round_means(steps), foreign) == {}
 
 

@@ -65,8 +65,8 @@ def test_lora_needs_less_and_more_ranks_share(tmp_path, tiny_model):
     assert estimate(parse(tmp_path, tiny_model, learner__lora={"rank": 4}), shape).learner < full.learner / 3
     assert estimate(parse(tmp_path, tiny_model, learner__ranks=2), shape).learner == full.learner / 2
     every = estimate(parse(tmp_path, tiny_model, pairs__strategy="all"), shape)
-    assert (full.pairs, every.pairs) == (8, 48)
-    assert estimate(parse(tmp_path, tiny_model, pairs__strategy="all", pairs__max_per_prompt=2), shape).pairs == 16
+    assert (full.examples, every.examples) == (8, 48)
+    assert estimate(parse(tmp_path, tiny_model, pairs__strategy="all", pairs__max_per_prompt=2), shape).examples == 16
 
 
 def test_the_kv_cache_is_counted_in_the_engine_s_type(tmp_path, tiny_model):
@@ -280,3 +280,43 @@ def test_a_loss_of_the_users_is_loaded_and_its_needs_seen(tmp_path, tiny_model, 
         return
     with pytest.raises(ConfigError, match=message):
         make_plan(config)
+
+
+def test_given_responses_are_checked_and_tokenised_before_anything_starts(tmp_path, tiny_model):
+    rows = [{**row, "gold": "an answer", "topic": i % 3} for i, row in enumerate(PROMPTS)]
+    spin = {"pairs": {"strategy": "spin", "chosen_column": "gold", "balance_column": "topic"}}
+    plan = make_plan(parse(tmp_path, tiny_model, rows, **spin))
+    assert plan.encode is not None and plan.seed_pairs is None
+    assert plan.encode.max_length == 96 + 16
+    assert plan.encode(["an answer"])[0].token_ids[-1] == plan.tokenizer.eos_token_id
+    with pytest.raises(ConfigError, match="pairs.balance_column is 'topic', but prompt 'question .*no such column"):
+        make_plan(parse(tmp_path, tiny_model, **spin))
+    assert make_plan(parse(tmp_path, tiny_model)).encode is None
+
+
+def test_seed_pairs_are_read_and_counted_before_anything_starts(tmp_path, tiny_model):
+    path = tmp_path / "seed.jsonl"
+    rows = [{"prompt": f"question {i}", "chosen": "a", "rejected": "b"} for i in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seed = {"pairs": {"seed_path": str(path), "seed_share": 0.5}}
+    config = parse(tmp_path, tiny_model, **seed)
+    plan = make_plan(config)
+    assert plan.seed_pairs is not None
+    assert plan.seed_pairs.counts["held_out"] == 4 and plan.seed_pairs.table.num_rows == 26
+    assert plan.figures["pairs"].startswith("up to 16 a round: 2") and "50% of them out of 26" in plan.figures["pairs"]
+    assert plan.figures["seed pairs left out"] == "30 loaded, not used: 4 held out"
+    with pytest.raises(ConfigError, match="loss.name: odpo needs scores, but 26 of 26"):
+        make_plan(parse(tmp_path, tiny_model, **seed, loss={"name": "odpo"}))
+
+
+def test_the_most_a_round_can_give(tmp_path, tiny_model, monkeypatch):
+    shape = read_shape(parse(tmp_path, tiny_model), tiny_model)
+
+    def most(**settings) -> int:
+        return estimate(parse(tmp_path, tiny_model, **settings), shape).examples
+
+    spin = {"strategy": "spin", "chosen_column": "gold"}
+    assert most(pairs=spin) == 8 and most(pairs=spin | {"max_per_prompt": 9}) == 32
+    assert most(pairs__replay_share=0.5) == 16
+    assert most(loss={"name": "kto"}) == 32
+    assert most(loss={"name": "kto"}, labels={"rule": "top_bottom"}) == 16

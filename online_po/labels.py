@@ -1,0 +1,57 @@
+"""From a judged group to responses labelled desirable or undesirable, for losses of single responses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from typing import assert_never
+
+from online_po.pairs import Skip
+from online_po.sections import LabelsConfig
+from online_po.types import Group, Judgement, Label
+
+
+def build_labels(group: Group, judgement: Judgement, config: LabelsConfig) -> tuple[list[Label], Skip | None]:
+    """The labelled responses of one group in order of their index, or the reason why there are none.
+
+    threshold: every response; desirable where its score is at least `labels.threshold`.
+    group_mean: desirable above the mean score of the group, undesirable below; what lies on it is left out.
+    top_bottom: desirable among the best `labels.share` of the group, undesirable among the worst. Of responses with
+    the same score, of which some lie inside the share and some outside, none is labelled.
+    """
+    if judgement.scores is None:
+        return [], "judge_failed"
+    desirable = _desirable(judgement.scores, config)
+    labels = [
+        Label(prompt=group.prompt, response=response, desirable=good, score=score)
+        for response, score, good in zip(group.responses, judgement.scores, desirable, strict=True)
+        if good is not None
+    ]
+    if labels:
+        return labels, None
+    return [], "tie" if len(set(judgement.scores)) == 1 else "no_contrast"
+
+
+def _desirable(scores: tuple[float, ...], config: LabelsConfig) -> list[bool | None]:
+    """For each score whether it is desirable; None: left out."""
+    match config.rule:
+        case "threshold":
+            assert config.threshold is not None
+            return [score >= config.threshold for score in scores]
+        case "group_mean":
+            # Exactly: a rounded mean of equal scores may differ from every one of them.
+            mean = sum(map(Fraction, scores), Fraction()) / len(scores)
+            return [None if score == mean else score > mean for score in map(Fraction, scores)]
+        case "top_bottom":
+            count = max(1, int(config.share * len(scores) + 1e-9))  # 0.29 x 100 is 29
+            ranked = sorted(scores)
+            # The worst score outside the bottom, the best one outside the top: nobody who ties with it is inside.
+            above, below = ranked[count], ranked[-1 - count]
+            return [True if score > below else False if score < above else None for score in scores]
+        case _:
+            assert_never(config.rule)
+
+
+def flip(label: Label) -> Label:
+    """The label turned around, as one given by mistake; see `pairs.flip_rate`."""
+    return replace(label, desirable=not label.desirable, flipped=not label.flipped)
