@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from online_po.ledger import LogpKind
 from online_po.parts import Parts
-from online_po.types import Policy
+from online_po.types import Policy, Reference
 
 SideLogps = dict[str, np.ndarray]
 """{"chosen": (N,), "rejected": (N,)} float32: logps of the pairs' responses, summed over their tokens, in nats."""
@@ -38,14 +38,14 @@ class Anchors:
         }
 
 
-def make_anchors(parts: Parts, round_: int, pairs: pa.Table, reference_round: int) -> Anchors:
-    """The anchors that the config asks for, from the ledger or computed by the learner. `reference_round`: the policy
-    version that is this round's reference."""
+def make_anchors(parts: Parts, round_: int, pairs: pa.Table, held: Reference) -> Anchors:
+    """The anchors that the config asks for, from the ledger or computed by the learner. `held`: this round's
+    reference."""
     config = parts.config
     reference = start = None
     if config.reference.kind != "none":
-        reference = anchor_logps(parts, round_, pairs, "reference", parts.ledger.policy(reference_round, parts.start))
-    if reference is not None and reference_round == 0:
+        reference = anchor_logps(parts, round_, pairs, "reference", parts.ledger.reference(held, parts.start))
+    if reference is not None and held == Reference(round=0):
         start = reference
     elif config.measures_kl_to_start:
         start = anchor_logps(parts, round_, pairs, "start", parts.ledger.policy(0, parts.start))

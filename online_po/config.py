@@ -98,10 +98,10 @@ class Config(Section):
             )
         if self.generator.engine == "transformers" and self.generator.tensor_parallel > 1:
             raise ValueError("generator.tensor_parallel above 1 needs generator.engine: vllm")
-        if self.reference.kind == "refresh" and self.reference.every > self.loop.rounds:
+        if self.reference.every > self.loop.rounds:
             raise ValueError(
                 f"reference.every is {self.reference.every}, but loop.rounds is {self.loop.rounds}: the reference "
-                "would never be refreshed; lower it or set reference.kind: fixed"
+                "would never change; lower it or set reference.kind: fixed"
             )
         if self.model.revision is not None and os.path.isdir(self.model.path):
             raise ValueError(
@@ -143,7 +143,7 @@ class Config(Section):
         needing = [loss.name for loss in self.loss if loss.needs_reference]
         if needing and self.reference.kind == "none":
             raise ValueError(
-                f"reference.kind is none, but loss.name: {needing[0]} needs a reference; use fixed or refresh"
+                f"reference.kind is none, but loss.name: {needing[0]} needs a reference; use fixed, refresh, ema or kl"
             )
         if not needing and self.reference.kind != "none":
             raise ValueError(

@@ -34,10 +34,9 @@ from online_po.tables import (
     table_to_groups,
     table_to_judgements,
 )
-from online_po.types import Group, Judgement, Policy, Probe, Prompt
+from online_po.types import Group, Judgement, Policy, Probe, Prompt, Reference
 
-SCHEMA_VERSION = 1
-WEIGHT_FOLDERS = ("policy", "trainer")
+SCHEMA_VERSION = 2
 LogpKind = Literal["reference", "start"]
 
 
@@ -48,8 +47,8 @@ class Commit:
     round: int
     is_adapter: bool
     """True where the round's policy folder is a LoRA adapter."""
-    reference_round: int
-    """The policy version that is the reference of the NEXT round; decided before the commit."""
+    reference: Reference
+    """The reference of the NEXT round; decided before the commit."""
     probe: Probe
     """The committed policy's own word on a fixed token sequence; generators are held to it."""
     files: dict[str, dict[str, Any]]
@@ -204,7 +203,7 @@ class Ledger:
         record = files.read_json(path)
         del record["schema_version"]  # the run's own, checked when it was opened
         probe = Probe(token_ids=tuple(record["probe"]["token_ids"]), token_logps=tuple(record["probe"]["token_logps"]))
-        return Commit(**(record | {"probe": probe}))
+        return Commit(**(record | {"probe": probe, "reference": Reference(**record["reference"])}))
 
     def committed(self, round_: int) -> Commit:
         commit = self.commit_of(round_)
@@ -216,7 +215,7 @@ class Ledger:
             )
         return commit
 
-    def commit(self, round_: int, *, is_adapter: bool, reference_round: int, probe: Probe) -> Commit:
+    def commit(self, round_: int, *, is_adapter: bool, reference: Reference, probe: Probe) -> Commit:
         """Makes the round durable: hashes its files and writes COMMIT.json last."""
         folder = self.round_dir(round_)
         folder.mkdir(parents=True, exist_ok=True)
@@ -226,9 +225,7 @@ class Ledger:
             str(path.relative_to(folder)): {"sha256": digest, "bytes": path.stat().st_size}
             for path, digest in zip(paths, files.sha256(paths), strict=True)
         }
-        commit = Commit(
-            round=round_, is_adapter=is_adapter, reference_round=reference_round, probe=probe, files=listing
-        )
+        commit = Commit(round=round_, is_adapter=is_adapter, reference=reference, probe=probe, files=listing)
         record = {"schema_version": SCHEMA_VERSION, **asdict(commit)}
         files.write_json(folder / "COMMIT.json", record)
         return commit
@@ -243,6 +240,18 @@ class Ledger:
         self.verify(round_, "policy")
         return Policy(
             version=round_, path=self.round_dir(round_) / "policy", is_adapter=self.committed(round_).is_adapter
+        )
+
+    def reference(self, reference: Reference, start: Path) -> Policy:
+        """The weights of a reference that some round's commit names. Raises LedgerError as `policy` does."""
+        if not reference.blended:
+            return self.policy(reference.round, start)
+        self.verify(reference.round, "reference")
+        return Policy(
+            version=reference.round,
+            path=self.round_dir(reference.round) / "reference",
+            is_adapter=self.committed(reference.round).is_adapter,
+            blended=True,
         )
 
     def verify(self, round_: int, part: str) -> None:
@@ -271,17 +280,20 @@ class Ledger:
             f"from round {round_ - 1}, if run.keep_checkpoints left its weights"
         )
 
-    def prune(self, newest: int, keep: int | None, needed: int, since: int | None = None) -> None:
-        """Deletes weights and optimizer state of rounds older than the `keep` newest, but for `needed`
-        (the reference) whose policy stays. `since`: the round before was pruned, with this reference: looks only
-        at what may go since then."""
-        if keep is None:
+    def prune(self, newest: int, keep: int | None, *, incremental: bool = False) -> None:
+        """Deletes weights and optimizer state of rounds older than the `keep` newest. What those go on from stays: the
+        references that their commits name. `incremental`: the round before was pruned, so that only what may go
+        since then is looked at."""
+        if keep is None or newest < keep:
             return
-        old = range(1, newest - keep + 1)
-        for round_ in old if since is None else {since, newest - keep} & set(old):
-            for name in WEIGHT_FOLDERS:
-                if not (name == "policy" and round_ == needed):
-                    files.remove_folder(self.round_dir(round_) / name)
+        gone = newest - keep
+        needed = {self.committed(round_).reference for round_ in range(gone + 1, newest + 1)}
+        old = range(1, gone + 1)
+        for round_ in {gone, self.committed(gone).reference.round} & set(old) if incremental else old:
+            files.remove_folder(self.round_dir(round_) / "trainer")
+            for folder, blended in (("policy", False), ("reference", True)):
+                if Reference(round=round_, blended=blended) not in needed:
+                    files.remove_folder(self.round_dir(round_) / folder)
 
     @contextmanager
     def weights(self, round_: int) -> Iterator[tuple[Path, Path]]:
@@ -293,11 +305,21 @@ class Ledger:
         ):
             yield policy, trainer
             for written in (policy, trainer):
-                if not any(written.iterdir()):
-                    raise LedgerError(
-                        f"the learner saved round {round_}, but nothing arrived in {str(written.parent)!r}: run.dir "
-                        "must be a folder that every node of the cluster sees; choose another run.dir"
-                    )
+                self._require_arrived(round_, written)
+
+    @contextmanager
+    def blended_weights(self, round_: int) -> Iterator[Path]:
+        """Gives the folder that the round's mean of policies is written to; it appears whole when the block ends."""
+        with files.atomic_folder(self.round_dir(round_) / "reference") as folder:
+            yield folder
+            self._require_arrived(round_, folder)
+
+    def _require_arrived(self, round_: int, written: Path) -> None:
+        if not any(written.iterdir()):
+            raise LedgerError(
+                f"the learner saved round {round_}, but nothing arrived in {str(written.parent)!r}: run.dir must be a "
+                "folder that every node of the cluster sees; choose another run.dir"
+            )
 
     # -- pieces of a round -----------------------------------------------------------------------
 

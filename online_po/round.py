@@ -21,6 +21,7 @@ from online_po.judging import Judging
 from online_po.metrics import round_means
 from online_po.parts import Parts
 from online_po.protocols import Learner
+from online_po.reference import renew_reference
 from online_po.seeds import stable_seed
 from online_po.tables import PromptRows, prompts_to_table
 from online_po.types import Group, Probe, Prompt, Request
@@ -100,29 +101,30 @@ def train_round(parts: Parts, round_: int) -> None:
     Raises NoPairsError if the round holds nothing to train on.
     """
     config, ledger, observer = parts.config, parts.ledger, parts.observer
-    reference_round = earlier_reference = ledger.committed(round_ - 1).reference_round
+    held = ledger.committed(round_ - 1).reference
     with observer.phase("pair", round_):
         pairs, sampled = make_pairs(parts, round_, draw_prompts(parts, round_))
     with observer.phase("reference", round_):
-        anchors = make_anchors(parts, round_, pairs, reference_round)
+        anchors = make_anchors(parts, round_, pairs, held)
     steps: list[dict[str, float]] = []
     with observer.phase("learn", round_):
         for metrics in parts.learner.update(round_, pairs, anchors.reference, anchors.start):
             steps.append(metrics)
             observer.step(round_, metrics)
-    if config.reference.kind == "refresh" and round_ % config.reference.every == 0:
-        reference_round = round_
-    with observer.phase("save", round_), ledger.weights(round_) as (policy_dir, trainer_dir):
-        parts.learner.save(round_, policy_dir, trainer_dir)
+    sampling_kl = anchors.sampling_kl(pairs)
+    with observer.phase("save", round_):
+        with ledger.weights(round_) as (policy_dir, trainer_dir):
+            parts.learner.save(round_, policy_dir, trainer_dir)
+        reference = renew_reference(parts, round_, held, sampling_kl.get("kl_reference"))
     with observer.phase("commit", round_):
         rows = [{"kind": "step", "round": round_, "step": i, **metrics} for i, metrics in enumerate(steps, 1)]
         summary = {
             "kind": "round",
             "round": round_,
-            "reference_round": reference_round,
+            "reference_round": reference.round,
             **sampled,
             **round_means(steps),
-            **anchors.sampling_kl(pairs),
+            **sampling_kl,
             "pairs": pairs.num_rows,
             "chosen_length": mean_length(pairs["chosen_token_ids"]),
             "rejected_length": mean_length(pairs["rejected_token_ids"]),
@@ -132,10 +134,10 @@ def train_round(parts: Parts, round_: int) -> None:
         ledger.commit(
             round_,
             is_adapter=config.learner.lora is not None,
-            reference_round=reference_round,
+            reference=reference,
             probe=probe_of(parts.learner, ledger.committed(0).probe.token_ids),
         )
-        ledger.prune(round_, config.run.keep_checkpoints, reference_round, since=earlier_reference)
+        ledger.prune(round_, config.run.keep_checkpoints, incremental=True)
     observer.round(summary)
 
 

@@ -158,6 +158,11 @@ class FakeLearner:
         (policy_dir / "skill.json").write_text(json.dumps(self.skill))
         (trainer_dir / "state.json").write_text(json.dumps({"round": round_}))
 
+    def blend(self, reference: Policy, alpha: float, folder: Path) -> None:
+        blended = alpha * self.skill + (1 - alpha) * read_skill(reference)
+        (folder / "skill.json").write_text(json.dumps(blended))
+        self.log.append(("blend", reference.version))
+
     def load(self, policy: Policy, trainer_dir: Path) -> None:
         assert json.loads((trainer_dir / "state.json").read_text()) == {"round": policy.version}
         self.skill = read_skill(policy)
