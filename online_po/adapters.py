@@ -89,12 +89,10 @@ def adapter_replaced(model: PeftModel, tensors: Mapping[str, Tensor] | None) -> 
 
 def _container(part: str, weight: Tensor | None) -> nn.Module:
     """What PEFT keeps a layer's A or B in, by adapter name; empty without a weight."""
-    embedding = "embedding" in part
-    held: nn.ModuleDict | nn.ParameterDict = nn.ParameterDict() if embedding else nn.ModuleDict()
-    if weight is not None:
-        parameter = nn.Parameter(weight, requires_grad=False)
-        held[ADAPTER] = parameter if embedding else _linear(parameter)
-    return held
+    held = {} if weight is None else {ADAPTER: nn.Parameter(weight, requires_grad=False)}
+    if "embedding" in part:
+        return nn.ParameterDict(held)
+    return nn.ModuleDict({name: _linear(parameter) for name, parameter in held.items()})
 
 
 def _linear(weight: nn.Parameter) -> nn.Linear:
@@ -118,9 +116,9 @@ def blend_adapters(
     """alpha * own + (1 - alpha) * other, as an adapter. `own`: of the trained rank; `other`: a mean that this function
     gave, or an adapter of the trained rank; None: the starting model, which is no term.
 
-    The rank grows by the trained one with every call, up to `most_terms` of it. In a linear layer where that is more
-    than full rank, the sum is kept as the product itself once it is smaller: of rank min(in, out), one factor the
-    identity. So an adapter never outgrows its layer's own weights by more than an identity.
+    The rank grows by the trained one with every call, up to `most_terms` of it. In a linear layer where that would be
+    more than full rank, the product itself is kept once full rank is passed: one factor the identity, the rank
+    min(in, out), and so never more numbers than the layer's own weights and that identity have.
     """
     blended: dict[str, Tensor] = {}
     for name, layer in lora_layers(model).items():
@@ -150,23 +148,23 @@ def adapter_config(model: PeftModel, tensors: Mapping[str, Tensor]) -> PeftLoraC
     """The settings that belong to an adapter's tensors: the trained one's, with the tensors' ranks and, for every
     layer, the trained scale alpha / r."""
     settings = copy.deepcopy(model.peft_config[ADAPTER])
-    assert isinstance(settings, PeftLoraConfig)
-    ranks = {}
-    for name, layer in lora_layers(model).items():
-        a, _ = _views(*(tensors[key] for key in _names(name, layer)), layer)
-        ranks[name] = Fraction(a.shape[1], layer.r[ADAPTER])  # in units of the trained rank
-    widest = max(ranks.values())
-    odd = {name: share for name, share in ranks.items() if share != widest}  # where the product itself is kept
-    layers = lora_layers(model)
-    for patterns, of_layer in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        # PEFT takes the first pattern that matches.
-        mine = {
-            re.escape(name.removeprefix("base_model.model.")): _times(getattr(layers[name], of_layer)[ADAPTER], share)
-            for name, share in odd.items()
-        }
-        old = {key: _times(value, widest) for key, value in (getattr(settings, patterns) or {}).items()}
-        setattr(settings, patterns, mine | old)
-    settings.r, settings.lora_alpha = _times(settings.r, widest), _times(settings.lora_alpha, widest)
+    shares: dict[str, Fraction] = {}  # every layer's rank, in units of the rank it was trained with
+    for name, layer in (layers := lora_layers(model)).items():
+        a_name, b_name = _names(name, layer)
+        a, _ = _views(tensors[a_name], tensors[b_name], layer)
+        shares[name] = Fraction(a.shape[1], layer.r[ADAPTER])
+    most = max(shares.values())
+    # Layers that differ are those that hold the product itself. PEFT takes the first pattern that matches.
+    odd = {re.escape(name.removeprefix("base_model.model.")): name for name in shares if shares[name] != most}
+    settings.rank_pattern = {
+        **{pattern: _times(layers[name].r[ADAPTER], shares[name]) for pattern, name in odd.items()},
+        **{pattern: _times(rank, most) for pattern, rank in settings.rank_pattern.items()},
+    }
+    settings.alpha_pattern = {
+        **{pattern: _times(layers[name].lora_alpha[ADAPTER], shares[name]) for pattern, name in odd.items()},
+        **{pattern: _times(alpha, most) for pattern, alpha in settings.alpha_pattern.items()},
+    }
+    settings.r, settings.lora_alpha = _times(settings.r, most), _times(settings.lora_alpha, most)
     for targets in ("target_modules", "target_parameters"):
         # Sets in PEFT, in another order every run; the file must be the same every run.
         if isinstance(names := getattr(settings, targets), set | list):
@@ -176,6 +174,6 @@ def adapter_config(model: PeftModel, tensors: Mapping[str, Tensor]) -> PeftLoraC
 
 
 def _times(value: float, share: Fraction) -> float:
-    """`value` * `share`: exact for ranks (integers stay integers), and for whole shares of floats."""
+    """`value` * `share`; a rank (an integer) stays one."""
     product = value * share
     return int(product) if isinstance(value, int) else float(product)

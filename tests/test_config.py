@@ -50,7 +50,10 @@ def write(tmp_path: Path, data: object = BASE) -> Path:
         ("reference.every=2", "reference.every is 2, but it is for reference.kind: refresh and ema, not fixed"),
         ("reference.kind=kl reference.above=5 reference.every=2", "reference.every is 2, .* not kl"),
         ("reference.kind=refresh reference.alpha=0.5", "reference.alpha is 0.5, .* reference.kind: ema, not refresh"),
-        ("reference.kind=ema reference.alpha=0.5 reference.above=3", "reference.above is 3, .* reference.kind: kl, not ema"),
+        (
+            "reference.kind=ema reference.alpha=0.5 reference.above=3",
+            "reference.above is 3, .* reference.kind: kl, not ema",
+        ),
         ("reference.kind=ema", "reference.kind is ema, so reference.alpha must be given"),
         ("reference.kind=kl", "reference.kind is kl, so reference.above must be given"),
         ("reference.kind=ema reference.alpha=0", "reference.alpha: .*greater than 0"),

@@ -28,7 +28,7 @@ def ledger(tmp_path):
     return ledger
 
 
-def write_round(ledger: Ledger, round_: int, reference: Reference = Reference(round=0)) -> None:  # noqa: B008 (frozen)
+def write_round(ledger: Ledger, round_: int, reference: Reference = Reference(round=0)) -> None:
     with ledger.weights(round_) as (policy, trainer):
         (policy / "model.safetensors").write_bytes(bytes(range(100)))
         (trainer / "state.json").write_text("{}")

@@ -258,7 +258,9 @@ def test_layers_whose_adapter_cannot_be_exchanged_are_refused(model: Path, monke
     monkeypatch.setattr(policy_model, "load_causal_lm", with_more)
     for target, kind in (("conv", "Conv1d"), ("attention", "MultiheadAttention")):
         lora = LoraConfig(target_modules=("q_proj", target))
-        with pytest.raises(ConfigError, match=rf"target_modules is \['q_proj', '{target}'\], .*{target}', a {kind}; name"):
+        with pytest.raises(
+            ConfigError, match=rf"target_modules is \['q_proj', '{target}'\], .*{target}', a {kind}; name"
+        ):
             make_learner(model, learner_config(lora=lora))
 
 
