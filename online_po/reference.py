@@ -29,7 +29,7 @@ def renew_reference(parts: Parts, round_: int, held: Reference, kl: float | None
     """The reference of the round after this one; where that is a new mean of policies, the learner writes it.
 
     `kind: ema` is the soft update of TR-DPO (Gorbatovski et al. 2024, "Learn Your Reference Model for Real Good
-    Alignment", arXiv 2404.09656, eq. 5): reference <- alpha * policy + (1 - alpha) * reference, in weight space.
+    Alignment", arXiv 2404.09656): reference <- alpha * policy + (1 - alpha) * reference, in weight space.
     """
     config = parts.config.reference
     reference = next_reference(config, round_, held, kl)

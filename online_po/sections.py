@@ -212,7 +212,7 @@ class PairsConfig(Section):
 
 
 class ReferenceConfig(Section):
-    """The frozen anchor of the loss, see docs/reference.md. Its weights are as in the ledger, also after a resume."""
+    """The frozen anchor of the loss, see [docs/reference.md](docs/reference.md)."""
 
     kind: Literal["fixed", "refresh", "ema", "kl", "none"] = Field(
         "fixed",
@@ -226,8 +226,8 @@ class ReferenceConfig(Section):
         None,
         gt=0,
         le=1,
-        description="For ema: the policy's share; reference <- alpha x policy + (1 - alpha) x reference (TR-DPO, where "
-        "0.5 to 0.6 did best). 1 is refresh.",
+        description="For ema: the policy's share; reference <- alpha x policy + (1 - alpha) x reference (TR-DPO's "
+        "soft update). 1 is refresh.",
     )
     above: float | None = Field(
         None,

@@ -372,6 +372,27 @@ def test_old_weights_are_pruned_but_not_the_reference(tmp_path):
         parts.ledger.policy(2, parts.start)
 
 
+def test_a_mean_of_policies_goes_on_from_the_one_before_and_old_ones_are_pruned(tmp_path):
+    reference = {"kind": "ema", "alpha": 0.25, "every": 2}
+    parts = make_parts(make_config(tmp_path, reference=reference, loop__rounds=5, run__keep_checkpoints=2))
+    skill = {0: 0.0}
+    save = parts.learner.save
+    parts.learner.save = lambda r, *folders: (skill.__setitem__(r, parts.learner.skill), save(r, *folders))[1]
+    run_rounds(parts)
+    named = [parts.ledger.committed(r).reference for r in range(6)]
+    assert named == [Reference(round=r, blended=r > 0) for r in (0, 0, 2, 2, 4, 4)]
+    assert [entry[1] for entry in parts.learner.log if entry[0] == "blend"] == [0, 2]
+    mean = {0: 0.0, 2: 0.25 * skill[2]}
+    mean[4] = 0.25 * skill[4] + 0.75 * mean[2]
+    for round_ in range(1, 6):
+        logps = parts.ledger.logps(round_, "reference")["chosen"]
+        assert logps == pytest.approx(mean[named[round_ - 1].round], rel=1e-6)
+    kept = {r for r in range(1, 6) if (parts.ledger.round_dir(r) / "reference").exists()}
+    assert kept == {4}, "round 5 and round 4 go on from it"
+    rows = [json.loads(line) for line in (parts.ledger.round_dir(4) / "metrics.jsonl").open()]
+    assert rows[-1]["reference_round"] == 4
+
+
 def test_a_finished_run_does_nothing_when_run_again(tmp_path):
     config = make_config(tmp_path)
     run_rounds(make_parts(config))
