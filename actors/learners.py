@@ -153,6 +153,10 @@ class LearnerGroup:
         """See `online_po.protocols.Learner.save`. With ranks on several machines the folders must be shared."""
         self._call("save", round_, policy_dir.absolute(), trainer_dir.absolute())
 
+    def blend(self, reference: Policy, alpha: float, folder: Path) -> None:
+        """See `online_po.protocols.Learner.blend`."""
+        self._call("blend", reference, alpha, folder.absolute())
+
     def load(self, policy: Policy, trainer_dir: Path) -> None:
         """See `online_po.protocols.Learner.load`."""
         self._call("load", policy, trainer_dir.absolute())

@@ -12,7 +12,7 @@ from online_po.batching import PAIR_SIDES
 from online_po.ledger import LogpKind
 from online_po.parts import Parts
 from online_po.seeds import stable_seed
-from online_po.types import Policy
+from online_po.types import Policy, Reference
 
 MISMATCH_EXAMPLES = 32
 """On so many examples of a round the sampler's log-probabilities are compared with the learner's."""
@@ -62,16 +62,15 @@ def sampler_logps(examples: pa.Table) -> SideLogps:
     return found
 
 
-def make_anchors(parts: Parts, round_: int, examples: pa.Table, reference_round: int) -> Anchors:
-    """The anchors that the config asks for, from the ledger or computed. `reference_round`: the policy version that is
-    this round's reference."""
+def make_anchors(parts: Parts, round_: int, examples: pa.Table, held: Reference) -> Anchors:
+    """The anchors that the config asks for, from the ledger or computed. `held`: this round's reference."""
     config = parts.config
     reference = start = None
     if config.reference.kind != "none":
-        policy = parts.ledger.policy(reference_round, parts.start)
+        policy = parts.ledger.reference(held, parts.start)
         make = anchor_logps if config.reference.logps == "learner" else logps_of_the_sampler
         reference = make(parts, round_, examples, "reference", policy)
-    if reference is not None and reference_round == 0:
+    if reference is not None and held == Reference(round=0):
         start = reference
     elif config.measures_kl_to_start:
         start = anchor_logps(parts, round_, examples, "start", parts.ledger.policy(0, parts.start))

@@ -22,12 +22,15 @@ def round_betas(losses: Sequence[LossBase], round_: int, scale: float) -> list[f
     return betas
 
 
-def next_scale(control: BetaControlConfig, scale: float, kl: float) -> float:
-    """The controller's scale after a round whose policy was `kl` nats a response from the reference.
+def next_scale(control: BetaControlConfig, scale: float, kl: float | None) -> float:
+    """The controller's scale after a round whose policy was `kl` nats a response from the reference; the same where
+    nothing was measured.
 
     Proportional in the relative error, which is clipped: Ziegler et al. 2019, "Fine-Tuning Language Models from Human
     Preferences", section 2.2, with `gain` for K_beta and a round for a batch. KL above the target raises beta, which
     holds the policy closer.
     """
+    if kl is None:
+        return scale
     error = min(control.max_error, max(-control.max_error, kl / control.target_kl - 1))
     return min(control.max_scale, max(control.min_scale, scale * (1 + control.gain * error)))

@@ -92,10 +92,10 @@ class Config(Section):
             )
         if self.generator.engine == "transformers" and self.generator.tensor_parallel > 1:
             raise ValueError("generator.tensor_parallel above 1 needs generator.engine: vllm")
-        if self.reference.kind == "refresh" and self.reference.every > self.loop.rounds:
+        if self.reference.every > self.loop.rounds:
             raise ValueError(
                 f"reference.every is {self.reference.every}, but loop.rounds is {self.loop.rounds}: the reference "
-                "would never be refreshed; lower it or set reference.kind: fixed"
+                "would never change; lower it or set reference.kind: fixed"
             )
         if self.model.revision is not None and os.path.isdir(self.model.path):
             raise ValueError(
@@ -155,7 +155,7 @@ class Config(Section):
         needing = [loss.name for loss in self.loss if loss.needs_reference and loss.name != "custom"]
         if needing and self.reference.kind == "none":
             raise ValueError(
-                f"reference.kind is none, but loss.name: {needing[0]} needs a reference; use fixed or refresh"
+                f"reference.kind is none, but loss.name: {needing[0]} needs a reference; use fixed, refresh, ema or kl"
             )
         if not any(loss.needs_reference for loss in self.loss) and self.reference.kind != "none":
             raise ValueError(

@@ -18,7 +18,7 @@ from online_po.metrics import SampleStats
 from online_po.parts import Parts
 from online_po.seeds import SEEDS, stable_seed
 from online_po.tables import LABEL_SCHEMA, PAIR_SCHEMA, PromptRows, labels_to_table, pairs_to_table
-from online_po.types import Group, Judgement, Label, Pair, Response
+from online_po.types import Group, Judgement, Label, Pair, Reference, Response
 
 Judged = tuple[Group, Judgement]
 
@@ -34,18 +34,15 @@ REMEDIES: dict[pairs.Skip, str] = {
 }
 
 
-def make_examples(
-    parts: Parts, round_: int, prompts: PromptRows, reference_round: int
-) -> tuple[pa.Table, dict[str, Any]]:
-    """(the round's pairs or labels, metrics of its sampling); `reference_round`: the policy version that is the
-    round's reference, for pairs.strategy: hardest_reward.
+def make_examples(parts: Parts, round_: int, prompts: PromptRows, held: Reference) -> tuple[pa.Table, dict[str, Any]]:
+    """(the round's pairs or labels, metrics of its sampling); `held`: the round's reference, for hardest_reward.
 
     Read and written part by part, so that memory stays flat; only pairs.balance_column holds a round's examples, and
     hardest_reward its responses. In the file the round's own examples come first. Raises NoPairsError if there are
     none.
     """
     config, ledger, kind = parts.config, parts.ledger, parts.config.example_kind
-    builder = _Builder(parts, round_, prompts, reference_round)
+    builder = _Builder(parts, round_, prompts, held)
     own, notes, dropped = 0, dict[str, Any](), Counter[str]()
     with ledger.examples_writer(round_, kind, PAIR_SCHEMA if kind == "pairs" else LABEL_SCHEMA) as writer:
         for table in _balanced(builder, dropped) if config.pairs.balance_column is not None else builder.tables():
@@ -95,9 +92,9 @@ def mean_length(token_ids: pa.ChunkedArray) -> float | None:
 class _Builder:
     """Makes a round's own examples, and counts what it sees meanwhile."""
 
-    def __init__(self, parts: Parts, round_: int, prompts: PromptRows, reference_round: int) -> None:
+    def __init__(self, parts: Parts, round_: int, prompts: PromptRows, held: Reference) -> None:
         self.parts, self.config = parts, parts.config
-        self.round, self.prompts, self.reference_round = round_, prompts, reference_round
+        self.round, self.prompts, self.held = round_, prompts, held
         self.stats = SampleStats(seed=self._seed("metrics"))
         self.skips: Counter[pairs.Skip] = Counter()
         """Prompts without an example, by reason."""
@@ -114,7 +111,7 @@ class _Builder:
         size = config.generator.chunk_prompts
         rewards: Iterator[list[float]] | None = None
         if config.pairs.strategy == "hardest_reward":
-            rewards = group_rewards(self.parts, self.round, self.prompts, self.reference_round)
+            rewards = group_rewards(self.parts, self.round, self.prompts, self.held)
         for part, begin in enumerate(range(0, len(self.prompts), size)):
             groups = ledger.responses(self.round, part, self.prompts[begin : begin + size])
             judged = list(zip(groups, ledger.judgements(self.round, part), strict=True))

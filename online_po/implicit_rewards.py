@@ -10,23 +10,23 @@ import pyarrow as pa
 
 from online_po.parts import Parts
 from online_po.tables import PromptRows, labels_to_table
-from online_po.types import Group, Judgement, Label
+from online_po.types import Group, Judgement, Label, Reference
 
 
-def group_rewards(parts: Parts, round_: int, prompts: PromptRows, reference_round: int) -> Iterator[list[float]]:
+def group_rewards(parts: Parts, round_: int, prompts: PromptRows, held: Reference) -> Iterator[list[float]]:
     """For each group that was judged, in order of parts and groups: the implicit reward of each of its responses.
 
     log pi - log ref in nats (DPO's reward without its beta, Rafailov et al. 2023, arXiv 2305.18290, eq. 5), summed
     over response tokens; pi is the policy that sampled, by its own logps. Without a reference: log pi alone. Where pi
     is the reference, all rewards are 0 and nothing is computed: what would be found is the noise between two engines.
     """
-    if parts.config.reference.kind != "none" and _sampling_version(parts, round_, prompts) == reference_round:
+    if parts.config.reference.kind != "none" and held == Reference(round=_sampling_version(parts, round_, prompts)):
         for judged in judged_parts(parts, round_, prompts):
             yield from ([0.0] * len(group.responses) for group, _ in judged)
         return
     reference: Iterator[float] = itertools.repeat(0.0)
     if parts.config.reference.kind != "none":
-        reference = iter(_reference_logps(parts, round_, prompts, reference_round).tolist())
+        reference = iter(_reference_logps(parts, round_, prompts, held).tolist())
     for judged in judged_parts(parts, round_, prompts):
         for group, _ in judged:
             yield [sum(response.token_logps) - next(reference) for response in group.responses]
@@ -46,7 +46,7 @@ def _sampling_version(parts: Parts, round_: int, prompts: PromptRows) -> int:
     return first.responses[0].policy_version
 
 
-def _reference_logps(parts: Parts, round_: int, prompts: PromptRows, reference_round: int) -> np.ndarray:
+def _reference_logps(parts: Parts, round_: int, prompts: PromptRows, held: Reference) -> np.ndarray:
     """(R,) float32 logps of all judged responses under the reference; what the ledger holds already is kept.
 
     One table for the whole round: a reference that is not in memory is loaded once a call."""
@@ -58,7 +58,7 @@ def _reference_logps(parts: Parts, round_: int, prompts: PromptRows, reference_r
     ).combine_chunks()
     logps = np.full(responses.num_rows, np.nan, dtype=np.float32)
     done = 0
-    for batch in parts.learner.logps(responses, parts.ledger.policy(reference_round, parts.start)):
+    for batch in parts.learner.logps(responses, parts.ledger.reference(held, parts.start)):
         logps[batch["row"]] = batch["response"]
         done += len(batch["row"])
         parts.observer.progress("reference", done, responses.num_rows)

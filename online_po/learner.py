@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from online_po import policy_model
+from online_po.adapters import adapter_replaced, blend_adapters
 from online_po.batching import (
     MISMATCHED,
     PAIR_SIDES,
@@ -110,6 +111,10 @@ class TorchLearner:
         self.compute_dtype: torch.dtype = getattr(torch, learner.compute_dtype)
         self.model, self.scorer = self._build()
         self.optimizer = build_optimizer(self._trained(), learner)
+        self._first_adapters: dict[str, Tensor] = {}
+        if learner.lora is not None:
+            tensors = policy_model.policy_tensors(self.model).items()
+            self._first_adapters = {name: policy_model.local(t).detach().to("cpu", copy=True) for name, t in tensors}
         self.version: int | None = 0
         """The policy version whose weights are held; None between an optimizer step and the next save."""
         if self.rank == 0:
@@ -404,42 +409,68 @@ class TorchLearner:
 
     @contextmanager
     def _holding(self, policy: Policy) -> Iterator[None]:
-        """Inside the block the model has the policy's weights; afterwards its own again, bit for bit."""
-        if policy.version == self.version:
+        """Inside the block the model computes with the policy's weights; afterwards it is as before, bit for bit."""
+        if policy.version == self.version and not policy.blended:
             yield
             self._reshard()
-            return
-        tensors = policy_model.policy_tensors(self.model)
-        kept = {name: policy_model.local(tensor).detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        try:
-            self._take(policy)
-            yield
-        finally:
-            self._reshard()
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    policy_model.local(tensor).copy_(kept[name])
+        elif isinstance(self.model, PeftModel):
+            adapter = None
+            if policy.version != 0:
+                # FSDP computes with weights that it casts as it gathers them; so is this adapter's.
+                dtype = self.compute_dtype if self.ranks > 1 else torch.float32
+                adapter = policy_model.replicate(self._read(policy), self.device, dtype)
+            try:
+                with adapter_replaced(self.model, adapter):
+                    yield
+            finally:
+                self._reshard()
+        else:
+            tensors = policy_model.policy_tensors(self.model)
+            kept = {name: policy_model.local(tensor).detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            try:
+                self._take(policy)
+                yield
+            finally:
+                self._reshard()
+                with torch.no_grad():
+                    for name, tensor in tensors.items():
+                        policy_model.local(tensor).copy_(kept[name])
 
     def _take(self, policy: Policy) -> None:
         """Writes a committed policy's weights into the model."""
         self._reshard()
-        tensors = policy_model.policy_tensors(self.model)
-        whole: dict[str, Tensor] | None = None
-        if self.rank == 0:
-            if self.config.lora is not None and policy.version == 0:
-                # The starting model is the base: adapters that are zero add exactly nothing.
-                whole = {name: torch.zeros(tensor.shape) for name, tensor in tensors.items()}
-            else:
-                path = Path(self.model_config.path) if policy.version == 0 else policy.path
-                whole = policy_model.read_policy(path, self.model_config, self.param_dtype, policy.is_adapter)
-            if whole.keys() != tensors.keys():
-                odd = ", ".join(sorted(whole.keys() ^ tensors.keys())[:3])
-                raise OnlinePOError(
-                    f"the policy in {str(policy.path)!r} is not one of this run: it differs in {odd}; give the run "
-                    "its own folder, made with the same learner.lora"
-                )
-        for name, tensor in tensors.items():
+        whole = self._read(policy)
+        for name, tensor in policy_model.policy_tensors(self.model).items():
             policy_model.spread(whole[name] if whole is not None else None, tensor)
+
+    def _read(self, policy: Policy) -> dict[str, Tensor] | None:
+        """On rank 0 the tensors of a policy folder, whole, on the CPU; None elsewhere."""
+        if self.rank != 0:
+            return None
+        path = Path(self.model_config.path) if policy.version == 0 else policy.path
+        whole = policy_model.read_policy(path, self.model_config, self.param_dtype, policy.is_adapter)
+        if odd := sorted(whole.keys() ^ policy_model.policy_tensors(self.model).keys()):
+            raise OnlinePOError(
+                f"the policy in {str(policy.path)!r} is not one of this run: it differs in {', '.join(odd[:3])}; give "
+                "the run its own folder, made with the same learner.lora"
+            )
+        return whole
+
+    def blend(self, reference: Policy, alpha: float, folder: Path) -> None:
+        """See `online_po.protocols.Learner.blend`. Means of all weights are taken in float32, those of adapters as
+        adapters of higher rank (`online_po.adapters`)."""
+        own = {name: policy_model.gather(t) for name, t in policy_model.policy_tensors(self.model).items()}
+        if self.rank == 0:
+            if isinstance(self.model, PeftModel):
+                other = None if reference.version == 0 else self._read(reference)
+                policy_model.write_policy(folder, self.model, blend_adapters(self.model, own, other, alpha))
+            else:
+                whole = self._read(reference)
+                assert whole is not None
+                policy_model.blend_weights(own, whole, alpha)
+                policy_model.write_policy(folder, self.model, whole)
+                self.tokenizer.save_pretrained(folder)
+        self._barrier()
 
     def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> None:
         """See `online_po.protocols.Learner.save`. The trainer folder does not depend on the number of ranks.
@@ -468,6 +499,9 @@ class TorchLearner:
 
     def load(self, policy: Policy, trainer_dir: Path) -> None:
         """See `online_po.protocols.Learner.load`. Raises OnlinePOError if the two folders are not of one round."""
+        if policy.version == 0:
+            self._start_again(policy)
+            return
         state = json.loads((trainer_dir / "trainer.json").read_text(encoding="utf-8"))
         if state["format"] != STATE_VERSION or state["version"] != policy.version:
             raise OnlinePOError(
@@ -478,6 +512,19 @@ class TorchLearner:
         read_optimizer(trainer_dir / OPTIMIZER_FILE, self.optimizer, self._trained())
         self.objective.means = state["means"]
         self.version = policy.version
+
+    def _start_again(self, start: Policy) -> None:
+        """As a new learner: adapters as they were first drawn, or the starting model's weights; no optimizer state."""
+        self._reshard()
+        if isinstance(self.model, PeftModel):
+            with torch.no_grad():
+                for name, tensor in policy_model.policy_tensors(self.model).items():
+                    policy_model.local(tensor).copy_(self._first_adapters[name])
+        else:
+            self._take(start)
+        self.optimizer.state.clear()
+        self.objective.means = {}
+        self.version = 0
 
     def _barrier(self) -> None:
         if self.ranks > 1:

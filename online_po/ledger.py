@@ -34,10 +34,11 @@ from online_po.tables import (
     table_to_groups,
     table_to_judgements,
 )
-from online_po.types import Group, Judgement, Policy, Probe, Prompt
+from online_po.types import Group, Judgement, Policy, Probe, Prompt, Reference
 
-SCHEMA_VERSION = 1
-WEIGHT_FOLDERS = ("policy", "trainer")
+SCHEMA_VERSION = 2
+WEIGHT_FOLDERS = ("policy", "reference", "trainer")
+"""What `prune` deletes of a round."""
 LogpKind = Literal["reference", "start"]
 ExampleKind = Literal["pairs", "labels"]
 EXAMPLE_NOTES = b"notes"
@@ -50,8 +51,8 @@ class Commit:
     round: int
     is_adapter: bool
     """True where the round's policy folder is a LoRA adapter."""
-    reference_round: int
-    """The policy version that is the reference of the NEXT round; decided before the commit."""
+    reference: Reference
+    """The reference of the NEXT round; decided before the commit."""
     beta_scale: float
     """What the controller multiplies the betas of the NEXT round with; 1 without one."""
     probe: Probe
@@ -227,7 +228,7 @@ class Ledger:
         record = files.read_json(path)
         del record["schema_version"]  # the run's own, checked when it was opened
         probe = Probe(token_ids=tuple(record["probe"]["token_ids"]), token_logps=tuple(record["probe"]["token_logps"]))
-        return Commit(**(record | {"probe": probe}))
+        return Commit(**(record | {"probe": probe, "reference": Reference(**record["reference"])}))
 
     def committed(self, round_: int) -> Commit:
         commit = self.commit_of(round_)
@@ -240,7 +241,7 @@ class Ledger:
         return commit
 
     def commit(
-        self, round_: int, *, is_adapter: bool, reference_round: int, probe: Probe, beta_scale: float = 1.0
+        self, round_: int, *, is_adapter: bool, reference: Reference, probe: Probe, beta_scale: float = 1.0
     ) -> Commit:
         """Makes the round durable: hashes its files and writes COMMIT.json last."""
         folder = self.round_dir(round_)
@@ -254,7 +255,7 @@ class Ledger:
         commit = Commit(
             round=round_,
             is_adapter=is_adapter,
-            reference_round=reference_round,
+            reference=reference,
             beta_scale=beta_scale,
             probe=probe,
             files=listing,
@@ -273,6 +274,18 @@ class Ledger:
         self.verify(round_, "policy")
         return Policy(
             version=round_, path=self.round_dir(round_) / "policy", is_adapter=self.committed(round_).is_adapter
+        )
+
+    def reference(self, reference: Reference, start: Path) -> Policy:
+        """The weights of a reference that some round's commit names. Raises LedgerError as `policy` does."""
+        if not reference.blended:
+            return self.policy(reference.round, start)
+        self.verify(reference.round, "reference")
+        return Policy(
+            version=reference.round,
+            path=self.round_dir(reference.round) / "reference",
+            is_adapter=self.committed(reference.round).is_adapter,
+            blended=True,
         )
 
     def verify(self, round_: int, part: str) -> None:
@@ -320,11 +333,21 @@ class Ledger:
         ):
             yield policy, trainer
             for written in (policy, trainer):
-                if not any(written.iterdir()):
-                    raise LedgerError(
-                        f"the learner saved round {round_}, but nothing arrived in {str(written.parent)!r}: run.dir "
-                        "must be a folder that every node of the cluster sees; choose another run.dir"
-                    )
+                self._require_arrived(round_, written)
+
+    @contextmanager
+    def blended_weights(self, round_: int) -> Iterator[Path]:
+        """Gives the folder that the round's mean of policies is written to; it appears whole when the block ends."""
+        with files.atomic_folder(self.round_dir(round_) / "reference") as folder:
+            yield folder
+            self._require_arrived(round_, folder)
+
+    def _require_arrived(self, round_: int, written: Path) -> None:
+        if not any(written.iterdir()):
+            raise LedgerError(
+                f"the learner saved round {round_}, but nothing arrived in {str(written.parent)!r}: run.dir must be a "
+                "folder that every node of the cluster sees; choose another run.dir"
+            )
 
     # -- pieces of a round -----------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from online_po.roll_back import RollBack, act, go_back, load_round, unsettled
 from online_po.round import probe_of, request, sample_round, train_round
 from online_po.seeds import stable_seed
 from online_po.tables import evaluation_to_table
-from online_po.types import Group, Judgement, Request
+from online_po.types import Group, Judgement, Reference, Request
 
 PROBE_TOKENS = 128
 PROBE_CANDIDATES = 256
@@ -142,7 +142,7 @@ def _restore(parts: Parts) -> int:
         token_ids = max((prompt.token_ids for prompt in first), key=len)[-PROBE_TOKENS:]
         if len(token_ids) < 2:
             raise ConfigError("prompts.path: no prompt has two tokens or more; weights cannot be proved on them")
-        ledger.commit(0, is_adapter=False, reference_round=0, probe=probe_of(parts.learner, token_ids))
+        ledger.commit(0, is_adapter=False, reference=Reference(round=0), probe=probe_of(parts.learner, token_ids))
         return 0
     _require_same_start(parts)
     if last > 0:

@@ -292,7 +292,8 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
     examples = own + sum(wanted(own, config.pairs.replay_share, config.pairs.seed_share))
     weights = shape.parameters * BYTES[learner.param_dtype]
     # Full: weights, gradients, two moments, and a reference of its own unless it is the sampling policy.
-    own_reference = config.reference.kind == "fixed" or config.reference.every > 1 or config.measures_kl_to_start
+    kind = config.reference.kind
+    own_reference = kind in ("fixed", "ema", "kl") or config.reference.every > 1 or config.measures_kl_to_start
     copies = 1 if learner.lora is not None else 4 + own_reference
     saved = 0 if learner.lora is not None else 3 * weights
     # One more than is kept, while a round is being committed.
@@ -300,13 +301,15 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
     if config.guards.rolling_back:
         # What a roll-back takes out of the run keeps its weights: usually two rounds, and those made ahead.
         kept += (config.guards.max_roll_backs + 1) * (2 + loop.max_staleness)
+    # References of kept rounds beside their own policies: means, and one policy from before.
+    references = {"ema": kept + 1, "kl": 1, "refresh": int(config.reference.every > 1)}.get(kind, 0)
     # Text, token ids and float32 logps, compressed: about 10 bytes a token.
     data = loop.rounds * loop.prompts_per_round * n * generator.max_tokens * 10
     cache = generator.cpu_kv_cache_gib * GIB if on_cpu(config) and generator.engine == "vllm" else 0
     return Estimate(
         learner=copies * weights / learner.ranks,
         generator=shape.parameters * BYTES[engine_dtype(config)] / generator.tensor_parallel + cache,
-        disk=kept * saved + data,
+        disk=kept * saved + references * saved / 3 + data,
         examples=examples,
         steps=math.ceil(examples / learner.global_batch_size) * learner.epochs,
     )

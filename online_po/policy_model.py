@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from online_po.adapters import adapter_config, require_known_layers
 from online_po.errors import ConfigError
 from online_po.logps import LogpModel
 from online_po.model_config import own_code, read_model_config
@@ -111,7 +112,8 @@ def _quiet() -> Iterator[None]:
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, path: str, seed: int) -> PeftModel:
     """Freezes the model and puts LoRA adapters on it, initialised from `seed` alone (B is zero: no effect yet).
 
-    Adapters are float32 whatever the model is. Raises ConfigError if no module has the wanted names.
+    Adapters are float32 whatever the model is. Raises ConfigError if no module has the wanted names, or one of them
+    is of a kind whose adapter cannot be exchanged.
     """
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = PeftLoraConfig(
@@ -132,6 +134,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, path: str, seed: int)
                 f"learner.lora.target_modules is {targets!r}, which does not fit {type(model).__name__}: {error}"
             ) from error
     assert isinstance(adapted, PeftModel)
+    require_known_layers(adapted, targets)
     return adapted.eval()
 
 
@@ -243,6 +246,25 @@ def spread(whole: Tensor | None, into: Tensor) -> None:
         into.copy_(whole)
 
 
+def replicate(whole: dict[str, Tensor] | None, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Rank 0's tensors, of shapes that only it knows, on every rank; all ranks must call it. What the others pass is
+    not looked at."""
+    if not dist.is_initialized():
+        assert whole is not None
+        return {name: tensor.to(device, dtype) for name, tensor in whole.items()}
+    shapes = [{name: tensor.shape for name, tensor in whole.items()} if whole is not None and is_rank_0() else None]
+    dist.broadcast_object_list(shapes, 0)
+    assert shapes[0] is not None
+    found = {}
+    for name, shape in shapes[0].items():
+        tensor = torch.empty(shape, device=device, dtype=dtype)
+        if is_rank_0() and whole is not None:
+            tensor.copy_(whole[name])
+        dist.broadcast(tensor, 0)
+        found[name] = tensor
+    return found
+
+
 # -- weights in folders ----------------------------------------------------------------------------
 
 
@@ -273,17 +295,23 @@ def read_policy(path: Path, config: ModelConfig, dtype: torch.dtype, is_adapter:
 
 
 def write_policy(path: Path, model: PreTrainedModel | PeftModel, tensors: dict[str, Tensor]) -> None:
-    """Writes a folder that transformers and vLLM load: the whole model, or a PEFT adapter. `tensors` as
+    """Writes a folder that transformers and vLLM load: the whole model, or a PEFT adapter (of any rank). `tensors` as
     `policy_tensors` names them, whole, on the CPU."""
     path.mkdir(parents=True, exist_ok=True)
     if not isinstance(model, PeftModel):
         with _quiet():
             model.save_pretrained(path, state_dict=dict(tensors))
         return
-    save_file(tensors, path / ADAPTER_FILE, metadata={"format": "pt"})
-    settings = model.peft_config["default"]
-    # A set in PEFT, in another order every run; the file must be the same every run.
-    settings.target_modules = sorted(settings.target_modules)
-    trained, settings.inference_mode = settings.inference_mode, True
-    settings.save_pretrained(str(path))
-    settings.inference_mode = trained
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / ADAPTER_FILE, {"format": "pt"})
+    adapter_config(model, tensors).save_pretrained(str(path))
+
+
+@torch.no_grad()
+def blend_weights(own: dict[str, Tensor], into: dict[str, Tensor], alpha: float) -> None:
+    """into <- alpha * own + (1 - alpha) * into, in float32 and one tensor at a time. Saved buffers that are no floating
+    point numbers (counters, say) become the own ones."""
+    for name, tensor in into.items():
+        mean = own[name]
+        if tensor.is_floating_point():
+            mean = alpha * own[name].float() + (1 - alpha) * tensor.float()
+        tensor.copy_(mean)

@@ -89,6 +89,11 @@ class Learner(Protocol):
         `round_` from here on."""
         ...
 
+    def blend(self, reference: Policy, alpha: float, folder: Path) -> None:
+        """Writes alpha * own weights + (1 - alpha) * the reference's into `folder`, in the format of `save`'s policy
+        folder. The learner itself stays as it is."""
+        ...
+
     def load(self, policy: Policy, trainer_dir: Path) -> None:
         """Takes back what `save` wrote; may be called at any time, also after an update that raised NonFiniteError.
 

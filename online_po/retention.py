@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from online_po.config import Config
 from online_po.evaluation import best_version
-from online_po.ledger import WEIGHT_FOLDERS, Ledger
+from online_po.ledger import Ledger
 
 
 class Retention:
@@ -34,17 +34,17 @@ class Retention:
         """Round -> which of its weights stay, whatever `keep` says."""
         ledger, guards, staleness = self.ledger, self.config.guards, self.config.loop.max_staleness
         needed: defaultdict[int, set[str]] = defaultdict(set)
-        needed[ledger.committed(newest).reference_round].add("policy")
-        back = set(range(max(1, newest - keep + 1), newest)) if guards.rolling_back else set()
+        back = set(range(max(1, newest - keep + 1), newest + 1))
         best = self._best(newest) if self._keeps_best else None
         if best:
             needed[best].add("policy")
             if "over_optimisation" in guards.rolling_back:
-                needed[best].update(WEIGHT_FOLDERS)
+                needed[best].update(("policy", "trainer"))
                 back.add(best)
-        # A round to go back to needs its reference, and what samples the rounds after it.
+        # Who goes on from a round needs its reference, and what samples the rounds after it.
         for round_ in back:
-            needed[ledger.committed(round_).reference_round].add("policy")
+            reference = ledger.committed(round_).reference
+            needed[reference.round].add(reference.folder)
         if best is not None and best in back:
             for version in range(best - staleness, best):
                 needed[version].add("policy")

@@ -21,9 +21,10 @@ from online_po.loss_configs import reward_beta
 from online_po.metrics import likelihood_shift, round_means
 from online_po.parts import Parts
 from online_po.protocols import Learner
+from online_po.reference import renew_reference
 from online_po.seeds import stable_seed
 from online_po.tables import PromptRows, prompts_to_table
-from online_po.types import Group, Probe, Prompt, Request
+from online_po.types import Group, Probe, Prompt, Reference, Request
 
 # -- sampling: prompts, generate, judge ------------------------------------------------------------
 
@@ -103,35 +104,34 @@ def train_round(parts: Parts, round_: int) -> None:
     """
     config, ledger, observer = parts.config, parts.ledger, parts.observer
     before = ledger.committed(round_ - 1)
-    reference_round = before.reference_round
-    betas = round_betas(config.loss, round_, before.beta_scale)
+    held, betas = before.reference, round_betas(config.loss, round_, before.beta_scale)
     with observer.phase("pair", round_):
-        examples, sampled = make_examples(parts, round_, draw_prompts(parts, round_), reference_round)
+        examples, sampled = make_examples(parts, round_, draw_prompts(parts, round_), held)
     with observer.phase("reference", round_):
-        anchors = make_anchors(parts, round_, examples, reference_round)
+        anchors = make_anchors(parts, round_, examples, held)
     steps: list[dict[str, float]] = []
     with observer.phase("learn", round_):
         for metrics in parts.learner.update(round_, examples, anchors.reference, anchors.start, betas):
             steps.append(metrics)
             observer.step(round_, metrics)
-    if config.reference.kind == "refresh" and round_ % config.reference.every == 0:
-        reference_round = round_
-    with observer.phase("save", round_), ledger.weights(round_) as (policy_dir, trainer_dir):
-        parts.learner.save(round_, policy_dir, trainer_dir)
+    kl = anchors.sampling_kl(examples)
+    with observer.phase("save", round_):
+        with ledger.weights(round_) as (policy_dir, trainer_dir):
+            parts.learner.save(round_, policy_dir, trainer_dir)
+        reference = renew_reference(parts, round_, held, kl.get("kl_reference"))
     with observer.phase("commit", round_):
         rows = [{"kind": "step", "round": round_, "step": i, **metrics} for i, metrics in enumerate(steps, 1)]
         means = round_means(steps)
-        kl = anchors.sampling_kl(examples)
         beta_scale = before.beta_scale
         # A policy that is its own reference is at distance zero: nothing to learn about beta.
-        if config.beta_control is not None and sampled["policy_version_sampled"] != before.reference_round:
-            beta_scale = next_scale(config.beta_control, beta_scale, kl["kl_reference"])
+        if config.beta_control is not None and held != Reference(round=sampled["policy_version_sampled"]):
+            beta_scale = next_scale(config.beta_control, beta_scale, kl.get("kl_reference"))
         summary = {
             "kind": "round",
             "round": round_,
             "attempt": ledger.attempt,
             "steps": len(steps),
-            "reference_round": reference_round,
+            "reference_round": reference.round,
             "beta": reward_beta(config.loss, betas),
             **sampled,
             **means,
@@ -147,7 +147,7 @@ def train_round(parts: Parts, round_: int) -> None:
         ledger.commit(
             round_,
             is_adapter=config.learner.lora is not None,
-            reference_round=reference_round,
+            reference=reference,
             probe=probe_of(parts.learner, ledger.committed(0).probe.token_ids),
             beta_scale=beta_scale,
         )

@@ -307,14 +307,29 @@ class LabelsConfig(Section):
 
 
 class ReferenceConfig(Section):
-    """The frozen anchor of the loss."""
+    """The frozen anchor of the loss, see [docs/reference.md](docs/reference.md)."""
 
-    kind: Literal["fixed", "refresh", "none"] = Field(
+    kind: Literal["fixed", "refresh", "ema", "kl", "none"] = Field(
         "fixed",
-        description="fixed: always the starting model. refresh: takes the policy every `every` rounds. none: for "
-        "losses without a reference, and the default there: no log-probabilities computed, no weights loaded for it.",
+        description="fixed: always the starting model. refresh: takes the policy every `every` rounds. ema: moves "
+        "towards the policy every `every` rounds, by `alpha`. kl: takes the policy when the KL to the reference was "
+        "over `above`. none: for losses without a reference, and the default there: no log-probabilities computed, no "
+        "weights loaded for it.",
     )
-    every: int = Field(1, ge=1, description="For refresh: rounds between two refreshes.")
+    every: int = Field(1, ge=1, description="For refresh and ema: rounds between two changes.")
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="For ema: the policy's share; reference <- alpha x policy + (1 - alpha) x reference (TR-DPO's "
+        "soft update). 1 is refresh.",
+    )
+    above: float | None = Field(
+        None,
+        gt=0,
+        description="For kl: nats a response. Measured on the responses sampled for a round (`kl_reference` of the "
+        "round's metrics); over it, the policy that the round ends with is the next round's reference.",
+    )
     logps: Literal["learner", "sampler"] = Field(
         "learner",
         description="Who says the reference's log-probabilities. sampler: the engine that sampled, where the reference "
@@ -330,8 +345,17 @@ class ReferenceConfig(Section):
     def _check(self) -> ReferenceConfig:
         if self.logps != "sampler" and self.max_mismatch != type(self).model_fields["max_mismatch"].default:
             raise ValueError(f"reference.max_mismatch is for reference.logps: sampler, not {self.logps}")
-        if self.kind != "refresh" and self.every != 1:
-            raise ValueError(f"reference.every is for reference.kind: refresh, not {self.kind}")
+        for name, kinds in (("every", ("refresh", "ema")), ("alpha", ("ema",)), ("above", ("kl",))):
+            value = getattr(self, name)
+            if self.kind not in kinds and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"reference.{name} is {value:g}, but it is for reference.kind: {' and '.join(kinds)}, not "
+                    f"{self.kind}; drop it"
+                )
+        if self.kind == "ema" and self.alpha is None:
+            raise ValueError("reference.kind is ema, so reference.alpha must be given: the policy's share, say 0.5")
+        if self.kind == "kl" and self.above is None:
+            raise ValueError("reference.kind is kl, so reference.above must be given, in nats a response, say 10")
         return self
 
 

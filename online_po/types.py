@@ -139,6 +139,23 @@ class Policy:
     """Hugging Face folder (full weights) or PEFT adapter folder; the starting model at version 0."""
     is_adapter: bool = False
     """True where `path` holds a LoRA adapter on top of the starting model."""
+    blended: bool = False
+    """True for a mean of policies (`reference.kind: ema`): made in round `version`, but not the policy of any round."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """Which weights are the reference: the policy of a round, or the mean that a round left."""
+
+    round: int
+    """The policy version; of a mean the round that made it. 0 is the starting model."""
+    blended: bool = False
+    """True for the mean of `reference.kind: ema`."""
+
+    @property
+    def folder(self) -> str:
+        """The folder of the round that holds its weights."""
+        return "reference" if self.blended else "policy"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -170,6 +170,11 @@ class FakeLearner:
         (policy_dir / "skill.json").write_text(json.dumps(self.skill))
         (trainer_dir / "state.json").write_text(json.dumps({"round": round_}))
 
+    def blend(self, reference: Policy, alpha: float, folder: Path) -> None:
+        blended = alpha * self.skill + (1 - alpha) * read_skill(reference)
+        (folder / "skill.json").write_text(json.dumps(blended))
+        self.log.append(("blend", reference.version))
+
     def load(self, policy: Policy, trainer_dir: Path) -> None:
         if policy.version > 0:  # the start has no trainer folder
             assert json.loads((trainer_dir / "state.json").read_text()) == {"round": policy.version}

@@ -13,7 +13,7 @@ import yaml
 from online_po.config import Config, _load_yaml
 from online_po.errors import ConfigError
 from online_po.ledger import Ledger
-from online_po.types import Probe
+from online_po.types import Probe, Reference
 
 BASE = {
     "run": {"name": "x"},
@@ -47,7 +47,17 @@ def write(tmp_path: Path, data: object = BASE) -> Path:
         ("prompts.heldout_size=0", "no held-out prompts"),
         ("prompts.dataset=d", "exactly one of prompts.path and prompts.dataset"),
         ("prompts.heldout_path=h", "heldout_path or prompts.heldout_size, not both"),
-        ("reference.every=2", "reference.every is for reference.kind: refresh"),
+        ("reference.every=2", "reference.every is 2, but it is for reference.kind: refresh and ema, not fixed"),
+        ("reference.kind=kl reference.above=5 reference.every=2", "reference.every is 2, .* not kl"),
+        ("reference.kind=refresh reference.alpha=0.5", "reference.alpha is 0.5, .* reference.kind: ema, not refresh"),
+        (
+            "reference.kind=ema reference.alpha=0.5 reference.above=3",
+            "reference.above is 3, .* reference.kind: kl, not ema",
+        ),
+        ("reference.kind=ema", "reference.kind is ema, so reference.alpha must be given"),
+        ("reference.kind=kl", "reference.kind is kl, so reference.above must be given"),
+        ("reference.kind=ema reference.alpha=0", "reference.alpha: .*greater than 0"),
+        ("reference.kind=ema reference.alpha=0.5 reference.every=4", "reference.every is 4, but loop.rounds is 3"),
         ("pairs.strategy=top_bottom_k pairs.k=3", "pairs.k is 3: top_bottom_k needs 2 x k"),
         ("pairs.max_per_prompt=3", "pairs.max_per_prompt is for"),
         ("learner.betas=[0.9, 1.5]", "learner.betas are"),
@@ -85,6 +95,9 @@ def test_bad_values_are_refused_by_name(tmp_path, override, message):
     [
         ["learner.param_dtype=bfloat16", "learner.compute_dtype=bfloat16", "learner.lora.rank=8"],
         ["model.attention=flash_attention_2", "learner.compute_dtype=bfloat16"],
+        ["reference.kind=ema", "reference.alpha=0.5", "reference.every=3"],
+        ["reference.kind=ema", "reference.alpha=1"],
+        ["reference.kind=kl", "reference.above=0.5"],
         ["ray.address=head:6379", "ray.judge_cpus=2", "ray.generator_gpus=0.5", "ray.learner_gpus=0.5"],
         ["generator.tensor_parallel=2", "ray.generator_gpus=2", "learner.ranks=2", "ray.learner_gpus=1"],
         ["learner.ranks=2", "ray.learner_gpus=1", "ray.generator_gpus=0.5"],
@@ -192,7 +205,7 @@ def test_a_moved_run_goes_on_and_other_content_is_refused(tmp_path):
     info = {"model": {"weights": {"model.safetensors": 8}}, "prompt_hashes": {"train": "a", "heldout": "b"}}
     ledger = Ledger(config.run_dir)
     ledger.begin(config, info)
-    ledger.commit(0, is_adapter=False, reference_round=0, probe=Probe(token_ids=(1, 2), token_logps=(-1.0,)))
+    ledger.commit(0, is_adapter=False, reference=Reference(round=0), probe=Probe(token_ids=(1, 2), token_logps=(-1.0,)))
     moved = Config.parse(data | {"model": {"path": "/else/m"}, "prompts": {"path": "/else/p", "heldout_size": 4}})
     ledger.begin(moved, info)
     assert ledger.config().model.path == "/else/m"

@@ -264,7 +264,7 @@ def test_hardest_reward_pairs_by_the_reference_s_word_on_all_judged_responses(tm
             assert parts.ledger.response_logps(r) is None
             word = sampler_logp
         else:
-            reference = parts.ledger.policy(parts.ledger.committed(r - 1).reference_round, parts.start)
+            reference = parts.ledger.reference(parts.ledger.committed(r - 1).reference, parts.start)
             word = partial(ContentLearner.logp, policy=reference)
         expected = {
             prompt_id: (chosen, rejected)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from online_po.errors import ConfigError, LedgerError
 from online_po.export import export
 from online_po.ledger import Ledger
-from online_po.types import Probe
+from online_po.types import Probe, Reference
 from tests.fakes import make_config
 
 PROBE = Probe(token_ids=(1, 2), token_logps=(-1.0,))
@@ -25,7 +25,7 @@ def make_run(tmp_path: Path, model: Path, *, is_adapter: bool) -> Ledger:
     config = make_config(tmp_path, model={"path": str(model)})
     ledger = Ledger(config.run_dir)
     ledger.begin(config, {})
-    ledger.commit(0, is_adapter=False, reference_round=0, probe=PROBE)
+    ledger.commit(0, is_adapter=False, reference=Reference(round=0), probe=PROBE)
     policy = AutoModelForCausalLM.from_pretrained(model)
     if is_adapter:
         policy = get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
@@ -37,7 +37,7 @@ def make_run(tmp_path: Path, model: Path, *, is_adapter: bool) -> Ledger:
         policy.save_pretrained(policy_dir)
         AutoTokenizer.from_pretrained(model).save_pretrained(policy_dir)
         (trainer_dir / "trainer.json").write_text("{}")
-    ledger.commit(1, is_adapter=is_adapter, reference_round=0, probe=PROBE)
+    ledger.commit(1, is_adapter=is_adapter, reference=Reference(round=0), probe=PROBE)
     return ledger
 
 

@@ -20,6 +20,7 @@ from online_po.export import default_round, export
 from online_po.ledger import Ledger
 from online_po.report import write_report
 from online_po.run_view import load_run_view
+from online_po.types import Reference
 from tests.fakes import make_config
 from tests.run_folder import make_run_folder
 from tests.test_export import make_run
@@ -129,7 +130,7 @@ def test_export_takes_the_best_round_where_the_run_may_end_early(tmp_path, tiny_
             (policy / path.name).write_bytes(path.read_bytes())
         (policy / "round").write_text("2")
         (trainer / "trainer.json").write_text("{}")
-    ledger.commit(2, is_adapter=False, reference_round=0, probe=ledger.committed(0).probe)
+    ledger.commit(2, is_adapter=False, reference=Reference(round=0), probe=ledger.committed(0).probe)
     scores = {0: 0.1, 1: 0.9, 2: 0.8}
     for version, score in scores.items():
         interval = {"mean": score, "low": None, "high": None}

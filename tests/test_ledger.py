@@ -13,8 +13,9 @@ import pytest
 from online_po import files
 from online_po.errors import ConfigError, LedgerError
 from online_po.ledger import Ledger
+from online_po.retention import Retention
 from online_po.tables import prompts_to_table
-from online_po.types import Group, JudgeFailure, Judgement, Probe, Response
+from online_po.types import Group, JudgeFailure, Judgement, Policy, Probe, Reference, Response
 from tests.fakes import make_config, make_prompts
 
 PROBE = Probe(token_ids=(1, 2, 3), token_logps=(-0.5, -1.25))
@@ -28,11 +29,14 @@ def ledger(tmp_path):
     return ledger
 
 
-def write_round(ledger: Ledger, round_: int, reference_round: int = 0) -> None:
+def write_round(ledger: Ledger, round_: int, reference: Reference = Reference(round=0)) -> None:
     with ledger.weights(round_) as (policy, trainer):
         (policy / "model.safetensors").write_bytes(bytes(range(100)))
         (trainer / "state.json").write_text("{}")
-    ledger.commit(round_, is_adapter=False, reference_round=reference_round, probe=PROBE)
+    if reference == Reference(round=round_, blended=True):
+        with ledger.blended_weights(round_) as folder:
+            (folder / "model.safetensors").write_bytes(bytes(range(50)))
+    ledger.commit(round_, is_adapter=False, reference=reference, probe=PROBE)
 
 
 def groups(count: int) -> list[Group]:
@@ -77,7 +81,7 @@ def test_records_come_back_as_they_were_written(ledger):
 
 def test_commits_count_only_in_an_unbroken_row(ledger):
     assert ledger.last_committed() is None
-    ledger.commit(0, is_adapter=False, reference_round=0, probe=PROBE)
+    ledger.commit(0, is_adapter=False, reference=Reference(round=0), probe=PROBE)
     write_round(ledger, 1)
     write_round(ledger, 3)
     assert ledger.last_committed() == 1
@@ -161,7 +165,7 @@ def test_a_run_folder_in_use_is_refused_and_a_dead_process_holds_nothing(ledger)
 def test_another_config_is_refused_with_the_difference(ledger, tmp_path):
     info = {"model": {}}
     ledger.begin(make_config(tmp_path, loop__rounds=5), info)  # nothing committed yet: a failed start is no run
-    ledger.commit(0, is_adapter=False, reference_round=0, probe=PROBE)
+    ledger.commit(0, is_adapter=False, reference=Reference(round=0), probe=PROBE)
     with pytest.raises(ConfigError, match=r"loop.rounds: 5 there, 4 now"):
         ledger.begin(make_config(tmp_path, loop__rounds=4), info)
     with pytest.raises(ConfigError, match="the starting model changed"):
@@ -175,13 +179,13 @@ def test_another_config_is_refused_with_the_difference(ledger, tmp_path):
 
 def test_damaged_pieces_of_an_uncommitted_round_are_dropped_and_of_a_committed_one_are_not(ledger):
     made = groups(3)
-    ledger.commit(0, is_adapter=False, reference_round=0, probe=PROBE)
+    ledger.commit(0, is_adapter=False, reference=Reference(round=0), probe=PROBE)
     for round_ in (1, 2):
         ledger.write_responses(round_, 0, made)
         ledger.write_judged(round_, 0)
         path = ledger.round_dir(round_) / "responses" / "part-00000.parquet"
         path.write_bytes(path.read_bytes()[:-20])
-    ledger.commit(1, is_adapter=False, reference_round=0, probe=PROBE)
+    ledger.commit(1, is_adapter=False, reference=Reference(round=0), probe=PROBE)
     with ledger.lock():
         assert ledger.has_responses(1, 0) and ledger.is_judged(1)
         assert not ledger.has_responses(2, 0) and not ledger.is_judged(2)
@@ -208,22 +212,67 @@ def test_weights_that_arrived_elsewhere_are_not_committed(ledger):
     assert not (ledger.round_dir(1) / "policy").exists()
 
 
+def kept_folders(ledger: Ledger, rounds: range) -> dict[str, list[int]]:
+    names = ("policy", "trainer", "reference")
+    return {name: [r for r in rounds if (ledger.round_dir(r) / name).exists()] for name in names}
+
+
+@pytest.mark.parametrize("blended", [False, True])
 @pytest.mark.parametrize("incremental", [False, True])
-def test_pruning_round_by_round_equals_pruning_at_once(ledger, incremental):
-    ledger.commit(0, is_adapter=False, reference_round=0, probe=PROBE)
-    for round_ in range(1, 8):
-        reference, before = round_ // 3 * 3, (round_ - 1) // 3 * 3
-        write_round(ledger, round_, reference_round=reference)
-        ledger.prune(round_, 2, {reference: {"policy"}}, {before, round_ - 2} if incremental else None)
-    kept = {name: [r for r in range(1, 8) if (ledger.round_dir(r) / name).exists()] for name in ("policy", "trainer")}
-    assert kept == {"policy": [6, 7], "trainer": [6, 7]}
+def test_pruning_round_by_round_equals_pruning_at_once(ledger, incremental, blended):
+    """Every kept round keeps what it goes on from: round 8 its own reference 6, round 5 in its time reference 3."""
+    config = make_config(ledger.root, run__keep_checkpoints=2)
+    retention = Retention(config, ledger)
+    ledger.commit(0, is_adapter=False, reference=Reference(round=0), probe=PROBE)
+    for round_ in range(1, 9):
+        reference = Reference(round=round_ // 3 * 3, blended=blended and round_ >= 3)
+        write_round(ledger, round_, reference)
+        (retention if incremental else Retention(config, ledger)).prune(round_)
+        if round_ == 6:
+            references = [3, 6] if blended else []
+            policies = [5, 6] if blended else [3, 5, 6]
+            assert kept_folders(ledger, range(1, 7)) == {
+                "policy": policies, "trainer": [5, 6], "reference": references,
+            }  # fmt: skip
+            for kept in (5, 6):
+                assert ledger.reference(ledger.committed(kept).reference, ledger.root).version == kept // 3 * 3
+    expected = {"policy": [7, 8], "trainer": [7, 8], "reference": [6]} if blended else None
+    expected = expected or {"policy": [6, 7, 8], "trainer": [7, 8], "reference": []}
+    assert kept_folders(ledger, range(1, 9)) == expected
+
+
+def test_nothing_is_pruned_before_there_is_more_than_is_kept(ledger):
+    config = make_config(ledger.root, run__keep_checkpoints=2)
+    retention = Retention(config, ledger)
+    ledger.commit(0, is_adapter=False, reference=Reference(round=0), probe=PROBE)
+    for round_ in (1, 2):
+        write_round(ledger, round_)
+        for incremental in (False, True):
+            (retention if incremental else Retention(config, ledger)).prune(round_)
+    assert kept_folders(ledger, range(1, 3))["trainer"] == [1, 2]
+
+
+def test_a_blended_reference_is_told_from_the_policy_of_its_round_and_checked(ledger, tmp_path):
+    ledger.commit(0, is_adapter=False, reference=Reference(round=0), probe=PROBE)
+    write_round(ledger, 1, Reference(round=1, blended=True))
+    assert "reference/model.safetensors" in ledger.committed(1).files
+    assert ledger.reference(Reference(round=0), tmp_path) == Policy(version=0, path=tmp_path)
+    found = ledger.reference(ledger.committed(1).reference, tmp_path)
+    assert found == Policy(version=1, path=ledger.round_dir(1) / "reference", blended=True)
+    assert ledger.reference(Reference(round=1), tmp_path) == ledger.policy(1, tmp_path) != found
+    (found.path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(LedgerError, match=r"reference/model.safetensors' is damaged"):
+        ledger.reference(ledger.committed(1).reference, tmp_path)
+    with pytest.raises(LedgerError, match=r"run\.dir must be a folder that every node"), ledger.blended_weights(2):
+        pass
+    assert not (ledger.round_dir(2) / "reference").exists()
 
 
 def test_folders_that_are_no_run(ledger, tmp_path):
     with pytest.raises(LedgerError, match="is not a run folder"):
         Ledger.open(tmp_path / "nothing")
     files.write_json(ledger.root / "run.json", {"schema_version": 99})
-    with pytest.raises(LedgerError, match="schema 99, this version reads 1"):
+    with pytest.raises(LedgerError, match="schema 99, this version reads 2"):
         Ledger.open(ledger.root)
 
 
@@ -235,7 +284,7 @@ def test_an_unwritable_run_dir_is_a_config_error(tmp_path):
 
 
 def test_torn_json_is_named(ledger):
-    ledger.commit(0, is_adapter=False, reference_round=0, probe=PROBE)
+    ledger.commit(0, is_adapter=False, reference=Reference(round=0), probe=PROBE)
     (ledger.round_dir(0) / "COMMIT.json").write_text("{")
     with pytest.raises(LedgerError, match="COMMIT.json' is damaged"):
         ledger.commit_of(0)

@@ -22,7 +22,7 @@ from online_po.loop import run_rounds
 from online_po.observers import PhaseTimer
 from online_po.parts import Parts
 from online_po.round import draw_prompts
-from online_po.types import JudgeFailure
+from online_po.types import JudgeFailure, Reference
 from tests.fakes import FakeGenerator, FakeJudge, FakeLearner, FakeObserver, make_config, make_prompts
 
 
@@ -50,10 +50,10 @@ def content(root: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(root.glob("rounds/**/*.parquet")):
         found[str(path.relative_to(root))] = pq.read_table(path).to_pylist()
-    for path in sorted(root.glob("rounds/*/policy/skill.json")):
+    for path in [*sorted(root.glob("rounds/*/policy/skill.json")), *sorted(root.glob("rounds/*/reference/skill.json"))]:
         found[str(path.relative_to(root))] = path.read_text()
     for path in sorted(root.glob("rounds/*/COMMIT.json")):
-        found[str(path.relative_to(root))] = json.loads(path.read_text())["reference_round"]
+        found[str(path.relative_to(root))] = json.loads(path.read_text())["reference"]
     return found
 
 
@@ -96,7 +96,8 @@ def test_reference_refresh_is_recorded_in_the_commit_and_used(tmp_path):
     config = make_config(tmp_path, reference={"kind": "refresh", "every": 2}, loop__rounds=5)
     parts = make_parts(config)
     run_rounds(parts)
-    assert [parts.ledger.committed(r).reference_round for r in range(6)] == [0, 0, 2, 2, 4, 4]
+    references = [parts.ledger.committed(r).reference for r in range(6)]
+    assert references == [Reference(round=r) for r in (0, 0, 2, 2, 4, 4)]
     logps = [entry[1] for entry in parts.learner.log if entry[0] == "logps"]
     # Round 3, 4, 5: the reference, then the start for KL.
     assert logps == [0, 0, 2, 0, 2, 0, 4, 0]
@@ -296,8 +297,11 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it but the test."""
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
-def test_killed_at_any_write_and_resumed_it_ends_the_same(staleness, monkeypatch):
+@pytest.mark.parametrize(
+    ("staleness", "reference"),
+    [(0, {"kind": "refresh", "every": 2}), (1, {"kind": "refresh", "every": 2}), (0, {"kind": "ema", "alpha": 0.5})],
+)
+def test_killed_at_any_write_and_resumed_it_ends_the_same(staleness, reference, monkeypatch):
     """Dies before or after every third rename and removal of a file or folder, resumes, and compares everything."""
     calls, die_at = 0, None
 
@@ -315,7 +319,7 @@ def test_killed_at_any_write_and_resumed_it_ends_the_same(staleness, monkeypatch
 
     monkeypatch.setattr(files.os, "replace", fatal(os.replace))
     monkeypatch.setattr(files.shutil, "rmtree", fatal(shutil.rmtree, lambda path, **_: Path(path).exists()))
-    overrides = {"run__keep_checkpoints": staleness + 1, "reference": {"kind": "refresh", "every": 2}}
+    overrides = {"run__keep_checkpoints": staleness + 1, "reference": reference}
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # no fsync to wait for
     with tempfile.TemporaryDirectory(dir=memory, ignore_cleanup_errors=True) as folder:
         config = make_config(Path(folder) / "whole", loop__max_staleness=staleness, **overrides)
@@ -366,6 +370,27 @@ def test_old_weights_are_pruned_but_not_the_reference(tmp_path):
     assert {r for r in range(1, 6) if (parts.ledger.round_dir(r) / "trainer").exists()} == {5}
     with pytest.raises(LedgerError, match=r"round 2 .*keep_checkpoints"):
         parts.ledger.policy(2, parts.start)
+
+
+def test_a_mean_of_policies_goes_on_from_the_one_before_and_old_ones_are_pruned(tmp_path):
+    reference = {"kind": "ema", "alpha": 0.25, "every": 2}
+    parts = make_parts(make_config(tmp_path, reference=reference, loop__rounds=5, run__keep_checkpoints=2))
+    skill = {0: 0.0}
+    save = parts.learner.save
+    parts.learner.save = lambda r, *folders: (skill.__setitem__(r, parts.learner.skill), save(r, *folders))[1]
+    run_rounds(parts)
+    named = [parts.ledger.committed(r).reference for r in range(6)]
+    assert named == [Reference(round=r, blended=r > 0) for r in (0, 0, 2, 2, 4, 4)]
+    assert [entry[1] for entry in parts.learner.log if entry[0] == "blend"] == [0, 2]
+    mean = {0: 0.0, 2: 0.25 * skill[2]}
+    mean[4] = 0.25 * skill[4] + 0.75 * mean[2]
+    for round_ in range(1, 6):
+        logps = parts.ledger.logps(round_, "reference")["chosen"]
+        assert logps == pytest.approx(mean[named[round_ - 1].round], rel=1e-6)
+    kept = {r for r in range(1, 6) if (parts.ledger.round_dir(r) / "reference").exists()}
+    assert kept == {4}, "round 5 and round 4 go on from it"
+    rows = [json.loads(line) for line in (parts.ledger.round_dir(4) / "metrics.jsonl").open()]
+    assert rows[-1]["reference_round"] == 4
 
 
 def test_a_finished_run_does_nothing_when_run_again(tmp_path):

@@ -69,6 +69,19 @@ def test_lora_needs_less_and_more_ranks_share(tmp_path, tiny_model):
     assert estimate(parse(tmp_path, tiny_model, pairs__strategy="all", pairs__max_per_prompt=2), shape).examples == 16
 
 
+def test_references_of_their_own_are_counted(tmp_path, tiny_model):
+    shape = read_shape(parse(tmp_path, tiny_model), tiny_model)
+    weights = 4 * shape.parameters
+
+    def needs(**reference):
+        found = estimate(parse(tmp_path, tiny_model, reference=reference, loop__rounds=9), shape)
+        return round((found.disk - fixed.disk) / weights), round((found.learner - fixed.learner) / weights)
+
+    fixed = estimate(parse(tmp_path, tiny_model, loop__rounds=9), shape)
+    assert needs(kind="refresh", every=2) == needs(kind="kl", above=3) == (1, 0)
+    assert needs(kind="ema", alpha=0.5) == (4, 0)  # of the 2 rounds kept, of the next, and of one before
+
+
 def test_the_kv_cache_is_counted_in_the_engine_s_type(tmp_path, tiny_model):
     # 2 layers x (K and V) x 1 head of 32 x 4 bytes = 512 bytes a token, 112 tokens: 56 KiB, or half of it.
     fits_half = 40 * 2**10 / GIB

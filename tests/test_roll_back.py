@@ -247,7 +247,7 @@ def test_the_weights_to_go_back_to_are_kept(tmp_path, keep):
     run_rounds(parts)
     (record,) = parts.ledger.roll_backs()
     assert (record["from"], record["to"]) == (7, 5)
-    assert parts.ledger.committed(5).reference_round == 3
+    assert parts.ledger.committed(5).reference.round == 3
     assert parts.ledger.last_committed() == 7
     kept = {r for r in range(1, 8) if (parts.ledger.round_dir(r) / "trainer").exists()}
     assert kept == set(range(8 - keep, 8))

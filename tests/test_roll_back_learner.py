@@ -74,7 +74,6 @@ def test_weights_and_optimizer_are_those_of_the_good_round(tmp_path, tiny_model,
     assert {"chosen_shift", "rejected_shift"} <= parts.ledger.round_row(3).keys()
 
 
-@pytest.mark.xfail(reason="TorchLearner.load does not take version 0 yet, see online_po.protocols.Learner.load")
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
 def test_back_to_the_start_is_a_new_learner(tmp_path, tiny_model, lora):
     config = learner_config(lora=lora, threads=1)

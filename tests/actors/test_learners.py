@@ -60,9 +60,12 @@ def work(group: LearnerGroup, model: Path, out: Path) -> dict[str, Any]:
     probe = group.token_logps([5, 6, 7, 8])
     list(group.update(2, PAIRS, reference, None))
     assert group.token_logps([5, 6, 7, 8]) != probe
+    group.blend(Policy(version=1, path=out / "policy"), 0.6, out / "mean")
+    mean = collect_logps(group.logps, PAIRS, Policy(version=2, path=out / "mean", blended=True))
+    assert np.abs(mean["chosen"] - reference["chosen"]).max() > 1e-3
     group.load(Policy(version=1, path=out / "policy"), out / "trainer")
     assert group.token_logps([5, 6, 7, 8]) == probe
-    return {"reference": reference, "steps": steps, "probe": probe}
+    return {"reference": reference, "steps": steps, "probe": probe, "mean": mean}
 
 
 def test_one_rank_and_two_do_the_same_work(model: Path, tmp_path: Path) -> None:
@@ -74,6 +77,7 @@ def test_one_rank_and_two_do_the_same_work(model: Path, tmp_path: Path) -> None:
     one, two = found
     for side in ("chosen", "rejected"):
         np.testing.assert_allclose(two["reference"][side], one["reference"][side], rtol=2e-6, atol=1e-5)
+        np.testing.assert_allclose(two["mean"][side], one["mean"][side], rtol=2e-5, atol=1e-3)
     assert len(one["steps"]) == 3
     for step, other in zip(one["steps"], two["steps"], strict=True):
         for name in ("loss", "margin", "grad_norm", "entropy", "tokens", "pairs", "kl_start"):
