@@ -99,7 +99,10 @@ class LengthScoreGuard(Guard):
 class FlatGuard(Guard):
     """Chosen and rejected are alike to the policy: nothing is learned."""
 
-    sees = "`accuracy` within `max_edge` of 1/2 and `margin` within `max_margin` of 0, `rounds` rounds on end"
+    sees = (
+        "`accuracy` within `max_edge` of 1/2 (or within two standard errors of a coin's, in small rounds) and `margin` "
+        "within `max_margin` of 0, `rounds` rounds on end"
+    )
     remedy = "raise learner.learning_rate or pairs.min_margin, or use a judge with finer scores"
 
     max_edge: float = Field(0.05, gt=0, lt=0.5, description="Largest distance of accuracy from 1/2.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -156,8 +157,11 @@ def _flat(guard: FlatGuard, row: Row, earlier: Sequence[Row]) -> str | None:
 def _is_flat(guard: FlatGuard, row: Row) -> bool:
     # One step from a reference that is the policy itself has no margin by construction.
     moved = row.get("steps", 0) > 1 or row["reference_round"] != row["round"]
-    measured = moved and "margin" in row and "loss" in row
-    return measured and abs(row["accuracy"] - 0.5) <= guard.max_edge and abs(row["margin"]) <= guard.max_margin
+    if not moved or "margin" not in row or "loss" not in row:
+        return False
+    # Two standard errors of a coin's share of heads: what chance alone gives for so few.
+    chance = 1 / math.sqrt(row.get("pairs") or row.get("labels") or 1)
+    return abs(row["accuracy"] - 0.5) <= max(guard.max_edge, chance) and abs(row["margin"]) <= guard.max_margin
 
 
 def _nonfinite(guard: NonFiniteGuard, row: Row, earlier: Sequence[Row]) -> str | None:

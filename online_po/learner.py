@@ -258,8 +258,8 @@ class TorchLearner:
     ) -> Iterator[dict[str, float]]:
         """See `online_po.protocols.Learner.update`. Metrics of a step, over all ranks, padding never counted:
 
-        loss; accuracy: share of pairs whose chosen response has the higher implicit reward; margin, chosen_reward,
-        rejected_reward: implicit rewards beta * log(pi / reference), or beta * log(pi) without a reference (beta: the
+        loss; accuracy: share of pairs whose chosen response has the higher implicit reward, ties half; margin,
+        chosen_reward, rejected_reward: implicit rewards beta * log(pi / reference), or beta * log(pi) without a reference (beta: the
         first loss's that has one, else 1); chosen_logps, rejected_logps: summed over tokens; all means over pairs. Of
         labelled responses: the same over desirable (chosen) and undesirable (rejected) ones, and accuracy is the share
         whose reward is above zero exactly if desirable.

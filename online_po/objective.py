@@ -104,7 +104,8 @@ class Objective:
         if self.paired:
             rewards = [beta * ratio for ratio in ratios]
             counted["margin"] = (rewards[0] - rewards[1]).sum(), n
-            counted["accuracy"] = (rewards[0] > rewards[1]).double().sum(), n
+            # A tie counts half: a policy that is still its reference tells nothing apart, and is at 1/2.
+            counted["accuracy"] = ((rewards[0] - rewards[1]).sign() + 1).sum() / 2, n
             for side, name, reward in zip(("chosen", "rejected"), names, rewards, strict=True):
                 counted[f"{side}_reward"] = reward.sum(), n
                 counted[name] = values[name].double().sum(), n

@@ -22,6 +22,7 @@ HEALTHY = {
     "kind": "round",
     "attempt": 0,
     "steps": 6,
+    "pairs": 1000,
     "reference_round": 0,
     "loss": 0.6,
     "accuracy": 0.7,
@@ -147,6 +148,12 @@ def test_over_optimisation_needs_both_a_near_perfect_fit_and_a_fall_beyond_noise
     assert evaluation_findings(guards, 4, 0.97, 2, comparison(-0.3, 0.1)) == []
     off = GuardsConfig.model_validate({"over_optimisation": {"action": "off"}})
     assert evaluation_findings(off, 4, 0.97, 2, comparison(-0.3, -0.1)) == []
+
+
+def test_a_small_round_is_flat_within_what_chance_gives():
+    few, many = ({"accuracy": 0.65, "margin": 0.001, "pairs": pairs} for pairs in (40, 1000))
+    assert [f["name"] for f in findings(row(2, **few), row(1, **few))] == ["flat"]
+    assert findings(row(2, **many), row(1, **many)) == []
 
 
 def test_likelihood_shift_is_of_the_same_pairs():
