@@ -259,10 +259,10 @@ class TorchLearner:
         """See `online_po.protocols.Learner.update`. Metrics of a step, over all ranks, padding never counted:
 
         loss; accuracy: share of pairs whose chosen response has the higher implicit reward, ties half; margin,
-        chosen_reward, rejected_reward: implicit rewards beta * log(pi / reference), or beta * log(pi) without a reference (beta: the
-        first loss's that has one, else 1); chosen_logps, rejected_logps: summed over tokens; all means over pairs. Of
-        labelled responses: the same over desirable (chosen) and undesirable (rejected) ones, and accuracy is the share
-        whose reward is above zero exactly if desirable.
+        chosen_reward, rejected_reward: implicit rewards beta * log(pi / reference), or beta * log(pi) without a
+        reference (beta: the first loss's that has one, else 1); chosen_logps, rejected_logps: summed over tokens; all
+        means over pairs. Of labelled responses: the same over desirable (chosen) and undesirable (rejected) ones, and
+        accuracy is the share whose reward is above zero exactly if desirable.
         kl_reference, kl_start, where those logps are given: mean over both responses of every pair of the summed
         log(pi / other), nats a response. That is the k1 estimator of KL(pi, other) only where responses are samples
         of pi itself. Logps here are at temperature 1, while responses are drawn at generator.temperature and
