@@ -183,7 +183,9 @@ def _counts(tokens: Examples, rows: np.ndarray) -> dict[str, float]:
 
 
 def _say_nonfinite(metrics: dict[str, float], where: str) -> str:
-    seen = ", ".join(f"{name} is {metrics[name]}" for name in ("loss", "grad_norm") if not math.isfinite(metrics[name]))
+    # kl_reference is there to tell the reference's log-probabilities from the policy's.
+    values = {name: metrics[name] for name in ("loss", "grad_norm", "kl_reference", "kto_kl") if name in metrics}
+    seen = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value))
     logps = ", ".join(f"{side} {metrics[key]:.4g}" for side in PAIR_SIDES if (key := f"{side}_logps") in metrics)
     return (
         f"{where}: {seen} (mean logps: {logps}); the step was not applied. Lower learner.learning_rate or "
