@@ -140,10 +140,11 @@ class LearnerGroup:
         reference_logps: dict[str, np.ndarray] | None,
         start_logps: dict[str, np.ndarray] | None,
         betas: Sequence[float | None] | None = None,
+        new_reference: bool = False,
     ) -> Iterator[dict[str, float]]:
         """See `online_po.protocols.Learner.update` and `online_po.learner.TorchLearner.update`."""
         table, reference, start = (ray.put(value) for value in (_needed(examples), reference_logps, start_logps))
-        return self._stream("update", round_, table, reference, start, betas)
+        return self._stream("update", round_, table, reference, start, betas, new_reference)
 
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         """See `online_po.protocols.Learner.token_logps`."""

@@ -120,14 +120,14 @@ def logps_of_the_sampler(parts: Parts, round_: int, examples: pa.Table, kind: Lo
 def ask_learner(parts: Parts, examples: pa.Table, policy: Policy) -> SideLogps:
     """What the learner says of all examples."""
     logps: SideLogps = {}
-    done = 0
+    seen = np.zeros(examples.num_rows, dtype=np.int64)
     for batch in parts.learner.logps(examples, policy):
         rows = batch.pop("row")
         for name, values in batch.items():
             logps.setdefault(name, np.full(examples.num_rows, np.nan, dtype=np.float32))[rows] = values
-        done += len(rows)
-        parts.observer.progress("reference", done, examples.num_rows)
-    assert not any(np.isnan(values).any() for values in logps.values()), "the learner left examples out"
+        seen[rows] += 1
+        parts.observer.progress("reference", int(seen.sum()), examples.num_rows)
+    assert (seen == 1).all(), "the learner left examples out, or gave some twice"
     return logps
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -68,17 +69,22 @@ class Examples:
         }
         """(N,) arrays of what labels the examples; a missing value is NaN."""
         self._table = table
-        self._partners: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prompt.lengths)
 
-    @property
+    @cached_property
     def partners(self) -> np.ndarray:
-        """(N,) int64: of each row, the next one with another prompt (the first follows the last); itself if none."""
-        if self._partners is None:
-            self._partners = next_with_another(self._table.column("prompt_id").to_numpy(zero_copy_only=False))
-        return self._partners
+        """(N,) int64: of each row, one of the next prompt's (the first follows the last); itself if none."""
+        return next_with_another(self._table.column("prompt_id").to_numpy(zero_copy_only=False))
+
+    @cached_property
+    def _mismatched(self) -> np.ndarray:
+        """(N,) tokens of the partners' responses that follow a prompt: no more than fit into the longest of the own
+        sequences, as the model's context ends somewhere."""
+        own = self.responses["response"].lengths
+        room = (self.prompt.lengths + own).max() - self.prompt.lengths
+        return np.minimum(own[self.partners], room)
 
     def widths(self, sides: Sequence[str]) -> np.ndarray:
         """(N,) tokens of the longest of an example's sequences."""
@@ -86,29 +92,32 @@ class Examples:
 
     def lengths(self, side: str) -> np.ndarray:
         """(N,) response tokens of a side."""
-        if side == MISMATCHED:
-            return self.responses["response"].lengths[self.partners]
-        return self.responses[side].lengths
+        return self._mismatched if side == MISMATCHED else self.responses[side].lengths
 
     def sequence(self, side: str, row: int) -> tuple[np.ndarray, np.ndarray]:
         """(P,) prompt tokens and (R,) response tokens."""
         if side == MISMATCHED:
-            return self.prompt[row], self.responses["response"][int(self.partners[row])]
+            partner = self.responses["response"][int(self.partners[row])]
+            return self.prompt[row], partner[: self._mismatched[row]]
         return self.prompt[row], self.responses[side][row]
 
 
 def next_with_another(keys: np.ndarray) -> np.ndarray:
-    """(N,) int64: for each place the next one, cyclically, with another key; the place itself where there is none."""
+    """(N,) int64: for each place one with another key, itself where there is none.
+
+    Neighbours with the same key are a run. The i-th of a run gets the i-th of the next run, both counted cyclically: so
+    a prompt's responses do not all get the same one.
+    """
     count = len(keys)
-    found = np.arange(count)
-    following = -1
-    for place in range(2 * count - 1, -1, -1):  # twice round, backwards: the first row follows the last
-        here, after = place % count, (place + 1) % count
-        if keys[after] != keys[here]:
-            following = after
-        if following >= 0 and place < count:
-            found[here] = following
-    return found
+    starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))  # (runs,)
+    sizes = np.diff(starts, append=count)
+    run = np.repeat(np.arange(len(starts)), sizes)  # (N,)
+    after = (run + 1) % len(starts)
+    # The first run and the last may have the same key.
+    after = np.where(keys[starts[after]] == keys, (after + 1) % len(starts), after)
+    return np.where(
+        keys[starts[after]] == keys, np.arange(count), starts[after] + (np.arange(count) - starts[run]) % sizes[after]
+    )
 
 
 def epoch_order(count: int, seed: int, round_: int, epoch: int) -> np.ndarray:

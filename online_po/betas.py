@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from online_po.loss_configs import LossBase
 from online_po.sections import BetaControlConfig
+from online_po.types import Reference
 
 
 def round_betas(losses: Sequence[LossBase], round_: int, scale: float) -> list[float | None]:
@@ -20,6 +21,15 @@ def round_betas(losses: Sequence[LossBase], round_: int, scale: float) -> list[f
             beta = beta[round_ - 1]
         betas.append(beta * scale if beta is not None and loss.needs_reference else beta)
     return betas
+
+
+def drifted(held: Reference, sampled: int) -> bool:
+    """Whether the KL of policy version `sampled` to the reference `held` tells how far beta let it go.
+
+    Not where that policy is the reference itself, at distance zero, nor where it is older (`loop.max_staleness`): then
+    it was trained against another one. A mean of policies lies behind the newest one always.
+    """
+    return held.blended or sampled > held.round
 
 
 def next_scale(control: BetaControlConfig, scale: float, kl: float | None) -> float:

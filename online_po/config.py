@@ -189,10 +189,22 @@ class Config(Section):
             return
         if not any(loss.needs_reference and hasattr(loss, "beta") for loss in self.loss):
             raise ValueError(f"beta_control is set, but loss.name: {self.loss[0].name} has no beta against a reference")
-        if self.reference.kind == "none" or (self.reference.kind == "refresh" and self.reference.every == 1):
+        reference, staleness = self.reference, self.loop.max_staleness
+        if reference.kind == "none" or (reference.kind == "refresh" and reference.every <= 1 + staleness):
             raise ValueError(
-                f"beta_control is set, but with reference.kind: {self.reference.kind} the KL to the reference is not "
-                "there, or starts from zero every round; use reference.kind: fixed, or drop beta_control"
+                f"beta_control is set, but with reference.kind: {reference.kind} the KL to the reference is not "
+                "there, or starts from zero before it is measured; use reference.kind: fixed, or drop beta_control"
+            )
+        if reference.alpha == 1:
+            raise ValueError(
+                "beta_control is set, but with reference.alpha: 1 the KL to the reference starts from zero at every "
+                "change; use an alpha below 1, or reference.kind: fixed"
+            )
+        if reference.above is not None and reference.above <= self.beta_control.target_kl:
+            raise ValueError(
+                f"beta_control.target_kl is {self.beta_control.target_kl:g}, but the reference changes once the KL is "
+                f"above reference.above = {reference.above:g}: it is never held there, and beta would only fall; take "
+                "a target below"
             )
 
     def _check_types(self) -> None:

@@ -23,7 +23,7 @@ HISTOGRAM_VALUES = 16
 HISTOGRAM_BINS = 32
 """A histogram has at most two bins more than this."""
 
-SUMMED = ("pairs", "labels", "tokens", "seconds", "skipped")
+SUMMED = ("pairs", "labels", "desirable", "undesirable", "tokens", "seconds", "skipped")
 """Step metrics that add up over a round; `tokens` are response tokens, `skipped` is 1 for a step that was not finite
 and left out."""
 PER_TOKEN = ("entropy",)
@@ -250,8 +250,8 @@ def round_means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """One round's value of every step metric: what one step over all its pairs would have shown.
 
     Counts (`SUMMED`) are summed; means over tokens (`PER_TOKEN`) are weighted by the step's tokens, optimizer
-    values (`PER_STEP`) equally, all else by its pairs. A metric that only some steps carry is averaged over
-    those.
+    values (`PER_STEP`) equally, all else by its pairs or labels, chosen_* and rejected_* of labels by the desirable and
+    undesirable ones. A metric that only some steps carry is averaged over those.
     """
     means: dict[str, float] = {}
     for name in dict.fromkeys(key for step in steps for key in step):
@@ -264,6 +264,8 @@ def round_means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
             continue
         weights = [_weight(name, step) for step in carrying]
         means[name] = math.fsum(w * v for w, v in zip(weights, values, strict=True)) / math.fsum(weights)
+    if "labels" in means and {"chosen_reward", "rejected_reward"} <= means.keys():
+        means["margin"] = means["chosen_reward"] - means["rejected_reward"]
     return means
 
 
@@ -272,7 +274,9 @@ def _weight(name: str, step: Mapping[str, float]) -> float:
         return 1.0
     if name in PER_TOKEN:
         return step["tokens"]
-    return step["pairs"] if "pairs" in step else step["labels"]
+    if "pairs" in step:
+        return step["pairs"]
+    return step[{"chosen": "desirable", "rejected": "undesirable"}.get(name.split("_")[0], "labels")]
 
 
 def likelihood_shift(means: Mapping[str, float], sampler: Mapping[str, np.ndarray]) -> dict[str, float]:

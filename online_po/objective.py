@@ -14,6 +14,8 @@ from torch import Tensor
 from online_po.loss_configs import LossBase, reward_beta
 from online_po.losses import LossInputs, UnpairedInputs, kto_kl, pair_losses, tensor_names, unpaired_losses
 
+MEANS = frozenset(("log_ratio_mean", "margin_mean"))
+"""Inputs of losses that are running means."""
 MEAN_DECAY = 0.9
 """A running mean keeps so much of itself at each step and takes the rest from the step's batch."""
 
@@ -40,15 +42,17 @@ class Objective:
     def __init__(self, losses: Sequence[LossBase]) -> None:
         self.losses = losses
         self.paired = losses[0].kind == "paired"
+        self._sides = ("chosen_logps", "rejected_logps") if self.paired else ("logps",)
         self.names = tensor_names(losses)
         """Fields of the inputs that the losses read."""
         self.with_prefix = any("prefix_logps" in name for name in self.names)
         self.with_weights = any("weight_logps" in name for name in self.names)
         self.with_kl = "kl" in self.names
-        self.whole_batch = any(loss.batchwise for loss in losses)
+        self.whole_batch = any(loss.batchwise for loss in losses) or bool(self.names & MEANS)
         """Whether the loss of an example depends on the others of its optimizer step."""
         self.means: dict[str, float] = {}
-        """Running means that losses read, by the input's name; part of the learner's state."""
+        """Running means that losses read, by the input's name; part of the learner's state. They are of distances to
+        one reference: with another one they begin anew."""
 
     def moved_means(self, values: Values) -> dict[str, float]:
         """`means` after a step's batch, given the policy's and the reference's log-probabilities of all of it.
@@ -56,20 +60,15 @@ class Objective:
         Exponential, with decay `MEAN_DECAY`; the first batch's mean is the first value.
         """
         moved: dict[str, float] = {}
-        for name in ("log_ratio_mean", "margin_mean"):
-            if name in self.names:
-                now = self._batch_mean(name, values)
-                before = self.means.get(name, now)
-                moved[name] = MEAN_DECAY * before + (1 - MEAN_DECAY) * now
+        for name in sorted(self.names & MEANS):
+            now = self._batch_mean(name, values)
+            moved[name] = MEAN_DECAY * self.means.get(name, now) + (1 - MEAN_DECAY) * now
         return moved
 
     @torch.no_grad()
     def _batch_mean(self, name: str, values: Values) -> float:
-        if not self.paired:
-            return float((values["logps"] - values["reference_logps"]).double().mean())
-        chosen = (values["chosen_logps"] - values["reference_chosen_logps"]).double()
-        rejected = (values["rejected_logps"] - values["reference_rejected_logps"]).double()
-        return float((chosen - rejected).mean() if name == "margin_mean" else torch.cat([chosen, rejected]).mean())
+        ratios = [_log_ratio(values, side) for side in self._sides]
+        return float((ratios[0] - ratios[1] if name == "margin_mean" else torch.cat(ratios)).mean())
 
     def __call__(
         self, values: Values, betas: Sequence[float | None], means: Mapping[str, float], kl: Tensor | None
@@ -99,7 +98,7 @@ class Objective:
         n = len(losses)
         beta = reward_beta(self.losses, betas)
         counted: dict[str, tuple[Tensor, int | Tensor]] = {"loss": (losses.double().sum(), n)}
-        names = ["chosen_logps", "rejected_logps"] if self.paired else ["logps"]
+        names = self._sides
         ratios = [_log_ratio(values, name) for name in names]
         if self.paired:
             rewards = [beta * ratio for ratio in ratios]

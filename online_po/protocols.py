@@ -67,15 +67,17 @@ class Learner(Protocol):
         reference_logps: dict[str, np.ndarray] | None,
         start_logps: dict[str, np.ndarray] | None,
         betas: Sequence[float | None] | None = None,
+        new_reference: bool = False,
     ) -> Iterator[dict[str, float]]:
         """Trains on all examples `learner.epochs` times; yields the metrics of each optimizer step.
 
         `reference_logps`: {side: (N,) float32} of all sides that `logps` gives; None where no loss needs them.
         `start_logps`: the same under the starting policy, for KL metrics; None leaves them out.
         `betas`: the round's beta of each loss (None: as configured); None: all as configured.
+        `new_reference`: the reference is another one than in the last update: running means begin anew.
 
         A step whose loss or gradient is not finite is never applied. With guards.nonfinite.action: warn it is left
-        out, and its metrics hold `skipped`: 1.0 and no value that is not finite; else NonFiniteError is raised.
+        out, and its metrics are `skipped`: 1.0 and counts; else NonFiniteError is raised.
         """
         ...
 

@@ -264,7 +264,12 @@ def _reason_rows(counts: dict[str, int]) -> list[tuple[str, str]]:
 
 def _loss(loss: dict[str, Any]) -> str:
     weight = "" if loss["weight"] == 1 else f"{loss['weight']:g} x "
-    return f"{weight}{loss['name']}" + (f", β {loss['beta']:g}" if "beta" in loss else "")
+    return f"{weight}{loss['name']}" + (f", β {_beta(loss['beta'])}" if "beta" in loss else "")
+
+
+def _beta(beta: float | list[float]) -> str:
+    """One for the run, or one for each round."""
+    return ", ".join(f"{value:g}" for value in (beta if isinstance(beta, list) else [beta]))
 
 
 def _facts(view: RunView) -> list[tuple[str, str]]:

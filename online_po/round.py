@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from online_po.anchors import make_anchors, sampler_logps
-from online_po.betas import next_scale, round_betas
+from online_po.betas import drifted, next_scale, round_betas
 from online_po.config import Config
 from online_po.cursor import PromptCursor
 from online_po.examples import count_examples, make_examples
@@ -24,7 +24,7 @@ from online_po.protocols import Learner
 from online_po.reference import renew_reference
 from online_po.seeds import stable_seed
 from online_po.tables import PromptRows, prompts_to_table
-from online_po.types import Group, Probe, Prompt, Reference, Request
+from online_po.types import Group, Probe, Prompt, Request
 
 # -- sampling: prompts, generate, judge ------------------------------------------------------------
 
@@ -111,7 +111,8 @@ def train_round(parts: Parts, round_: int) -> None:
         anchors = make_anchors(parts, round_, examples, held)
     steps: list[dict[str, float]] = []
     with observer.phase("learn", round_):
-        for metrics in parts.learner.update(round_, examples, anchors.reference, anchors.start, betas):
+        moved = round_ > 1 and held != ledger.committed(round_ - 2).reference
+        for metrics in parts.learner.update(round_, examples, anchors.reference, anchors.start, betas, moved):
             steps.append(metrics)
             observer.step(round_, metrics)
     kl = anchors.sampling_kl(examples)
@@ -123,8 +124,7 @@ def train_round(parts: Parts, round_: int) -> None:
         rows = [{"kind": "step", "round": round_, "step": i, **metrics} for i, metrics in enumerate(steps, 1)]
         means = round_means(steps)
         beta_scale = before.beta_scale
-        # A policy that is its own reference is at distance zero: nothing to learn about beta.
-        if config.beta_control is not None and held != Reference(round=sampled["policy_version_sampled"]):
+        if config.beta_control is not None and drifted(held, sampled["policy_version_sampled"]):
             beta_scale = next_scale(config.beta_control, beta_scale, kl.get("kl_reference"))
         summary = {
             "kind": "round",

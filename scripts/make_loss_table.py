@@ -36,7 +36,10 @@ NOTES = """## Choices
   written. The two need different betas.
 - `sppo` sums over the two responses of a pair. `probability: soft` takes the judge's probability that chosen beats
   rejected, where the paper takes that of beating the policy's average response.
-- `bco_pair`, `bco` and `beta_dpo` shift by running means; where none is given, by the mean over what is handed in.
+- `bco_pair`, `bco` and `beta_dpo` shift by running means over optimizer steps, which go on from round to round until
+  the reference is another one; where none is given, by the mean over what is handed in.
+- `kto` estimates its KL over a step, from each prompt with a response to the next prompt of the round.
+- `custom` is handed micro-batches, not the step's whole batch, unless a parameter of it is a running mean.
 - `beta_dpo` keeps the pairs nearest to the running mean, where the paper draws them with normal weights: the likeliest
   draw, and repeatable. Margins are in nats, without beta, as in the authors' code.
 - `madpo` takes its weights from the author's code; a score gap is taken as log-odds, which a reward model's is.

@@ -133,6 +133,7 @@ class FakeLearner:
         self.skill = 0.0
         self.log: list[tuple] = []
         self.betas: list[Sequence[float | None] | None] = []
+        self.new_references: list[bool] = []
 
     def logps(self, examples: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
         self.log.append(("logps", policy.version))
@@ -151,6 +152,7 @@ class FakeLearner:
         reference_logps: dict[str, np.ndarray] | None,
         start_logps: dict[str, np.ndarray] | None,
         betas: Sequence[float | None] | None = None,
+        new_reference: bool = False,
     ) -> Iterator[dict[str, float]]:
         kind, side, signal = ("pairs", "chosen", "margin")
         if "label" in examples.column_names:
@@ -162,6 +164,7 @@ class FakeLearner:
             yield {"loss": -self.skill, kind: examples.num_rows / 2, "learning_rate": 1.0}
         self.log.append(("update", round_, start_logps is not None))
         self.betas.append(betas)
+        self.new_references.append(new_reference)
 
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         return [self.skill] * (len(token_ids) - 1)

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from online_po.anchors import Anchors, sampler_logps
+from online_po.anchors import Anchors, ask_learner, sampler_logps
 from online_po.errors import ConfigError
 from online_po.loop import run_rounds
 from online_po.tables import PAIR_SCHEMA
@@ -120,3 +120,21 @@ def test_kl_counts_what_the_round_sampled_itself():
     kl = Anchors(reference=reference, start=None).sampling_kl(table)
     assert kl == {"kl_reference": pytest.approx((1.0 + (0 + 3) / 2) / 2)}
     assert Anchors(reference=reference, start=None).sampling_kl(table.slice(2)) == {}
+
+
+def test_a_logp_that_is_no_number_is_left_to_the_guard_of_steps(tmp_path):
+    """The learner says of it what was not finite, and where; a reference is not the place to fall over it."""
+    parts = run(tmp_path)
+    examples = parts.ledger.pairs(1)
+    parts.learner.off = float("nan")
+    logps = ask_learner(parts, examples, parts.ledger.policy(0, parts.start))
+    assert np.isnan(logps["chosen"]).all()
+
+    class Forgetful(AgreeingLearner):
+        def logps(self, examples, policy):
+            (batch,) = super().logps(examples, policy)
+            yield {name: values[1:] for name, values in batch.items()}
+
+    parts.learner = Forgetful()
+    with pytest.raises(AssertionError, match="left examples out"):
+        ask_learner(parts, examples, parts.ledger.policy(0, parts.start))

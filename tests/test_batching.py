@@ -5,8 +5,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from online_po.batching import PAIR_SIDES, Examples, TokenLists, collate, epoch_order, global_batches, rank_plans
-from online_po.tables import PAIR_SCHEMA
+from online_po.batching import (
+    MISMATCHED,
+    PAIR_SIDES,
+    Examples,
+    TokenLists,
+    collate,
+    epoch_order,
+    global_batches,
+    next_with_another,
+    rank_plans,
+)
+from online_po.tables import LABEL_SCHEMA, PAIR_SCHEMA
 from tests.learner_setup import make_pairs
 
 
@@ -92,6 +102,31 @@ def test_an_empty_response_has_no_positions() -> None:
     row = {"prompt_token_ids": [5, 6], "chosen_token_ids": [], "rejected_token_ids": [7]}
     batch = collate(Examples(pa.Table.from_pylist([row], schema=PAIR_SCHEMA)), np.array([0]), PAIR_SIDES)
     assert batch.lengths.tolist() == [[0], [1]] and batch.targets.tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("aabbb", [2, 3, 0, 1, 0]),  # each of a run another one, as far as there are
+        ("abc", [1, 2, 0]),
+        ("aabba", [2, 3, 4, 4, 2]),  # the first run follows the last, unless it has the same key
+        ("aba", [1, 2, 1]),
+        ("aaa", [0, 1, 2]),
+        ("a", [0]),
+        ("", []),
+    ],
+)
+def test_the_next_with_another_key(keys: str, expected: list[int]) -> None:
+    assert next_with_another(np.array(list(keys), dtype=object)).tolist() == expected
+
+
+def test_anothers_response_is_cut_where_the_longest_sequence_ends() -> None:
+    rows = [("a", [1] * 9, [2]), ("b", [3], [4, 5, 6, 7]), ("b", [3], [8, 9])]
+    names = ("prompt_id", "prompt_token_ids", "response_token_ids")
+    examples = Examples(pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows], schema=LABEL_SCHEMA))
+    assert [examples.sequence(MISMATCHED, row)[1].tolist() for row in range(3)] == [[4], [2], [2]]
+    assert examples.lengths(MISMATCHED).tolist() == [1, 1, 1]
+    assert examples.widths([MISMATCHED]).tolist() == [10, 2, 2]
 
 
 def test_token_lists_read_slices_and_several_chunks() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from online_po.betas import next_scale, round_betas
+from online_po.betas import drifted, next_scale, round_betas
 from online_po.errors import ConfigError
 from online_po.ledger import Ledger
 from online_po.loop import run_rounds
 from online_po.loss_configs import LOSS_BY_NAME
 from online_po.sections import BetaControlConfig
+from online_po.types import Reference
 from tests.fakes import make_config
 from tests.test_loop import make_parts
 
@@ -42,12 +43,43 @@ def test_the_controller_raises_beta_where_the_policy_is_too_far_and_the_error_is
         ({"beta_control": {"target_kl": 0}}, "beta_control.target_kl"),
         ({"beta_control": {"target_kl": 1, "gain": 5, "max_error": 0.5}}, "keep it below 1"),
         ({"beta_control": {"target_kl": 1}, "loss": {"name": "simpo"}}, "no beta against a reference"),
-        ({"beta_control": {"target_kl": 1}, "reference": {"kind": "refresh"}}, "starts from zero every round"),
+        ({"beta_control": {"target_kl": 1}, "reference": {"kind": "refresh"}}, "zero before it is measured"),
+        (
+            {"beta_control": {"target_kl": 1}, "reference": {"kind": "refresh", "every": 2}, "loop__max_staleness": 1},
+            "zero before it is measured",
+        ),
+        (
+            {"beta_control": {"target_kl": 1}, "reference": {"kind": "ema", "alpha": 1.0, "every": 2}},
+            "zero at every change",
+        ),
+        ({"beta_control": {"target_kl": 5}, "reference": {"kind": "kl", "above": 5}}, "take a target below"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
         make_config(tmp_path, **change)
+
+
+def test_only_a_policy_that_left_the_reference_tells_of_beta():
+    assert drifted(Reference(round=0), 1) and drifted(Reference(round=2), 3)
+    assert not drifted(Reference(round=2), 2)
+    assert not drifted(Reference(round=2), 1)  # sampled by an older policy, under loop.max_staleness
+    assert drifted(Reference(round=2, blended=True), 2)
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ({"kind": "fixed"}, [False] * 4),
+        ({"kind": "refresh"}, [False, True, True, True]),
+        ({"kind": "refresh", "every": 2}, [False, False, True, False]),
+        ({"kind": "ema", "alpha": 0.5}, [False, True, True, True]),
+    ],
+)
+def test_the_learner_is_told_of_another_reference(tmp_path, reference, expected):
+    parts = make_parts(make_config(tmp_path, reference=reference, loop__rounds=4))
+    run_rounds(parts)
+    assert parts.learner.new_references == expected
 
 
 def test_the_learner_gets_the_rounds_betas(tmp_path):

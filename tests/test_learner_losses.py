@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from online_po.console import ConsoleObserver
+from online_po.examples import count_examples
 from online_po.learner import TorchLearner
 from online_po.loss_configs import LOSS_BY_NAME, LossBase
 from online_po.losses import LossInputs, UnpairedInputs, kto_kl, pair_losses, unpaired_losses
-from online_po.sections import ModelConfig
+from online_po.metrics import PER_STEP, round_means
+from online_po.report_charts import TRAINING
+from online_po.sections import LoraConfig, ModelConfig
+from online_po.types import Policy
 from scripts.make_tiny_model import make_tiny_model
 from tests.learner_setup import (
     collect_logps,
@@ -95,10 +103,14 @@ def plain_label_losses(
     logps = [token_logps(lm, row["prompt_token_ids"], row["response_token_ids"])[0].sum() for row in rows]
     kl = None
     if "mismatched" in reference:
+        groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row["prompt_id"])]
+        longest = max(len(row["prompt_token_ids"]) + len(row["response_token_ids"]) for row in rows)
         others = []
-        for i, row in enumerate(rows):
-            later = [r for r in (*rows[i + 1 :], *rows[:i]) if r["prompt_id"] != row["prompt_id"]]
-            others.append(token_logps(lm, row["prompt_token_ids"], later[0]["response_token_ids"])[0].sum())
+        for group, following in zip(groups, [*groups[1:], groups[0]], strict=True):
+            for row, other in zip(group, itertools.cycle(following), strict=False):
+                prompt = row["prompt_token_ids"]
+                response = other["response_token_ids"][: longest - len(prompt)]
+                others.append(token_logps(lm, prompt, response)[0].sum())
         kl = kto_kl(torch.stack(others), torch.tensor(reference["mismatched"]))
     inputs = UnpairedInputs(
         logps=torch.stack(logps),
@@ -183,12 +195,127 @@ def test_running_means_move_by_a_tenth_and_are_restored(model: Path, tmp_path: P
     assert learner.objective.means == {"log_ratio_mean": pytest.approx(0.9 * first + 0.1 * second, rel=1e-5)}
     learner.save(1, tmp_path / "policy", tmp_path / "trainer")
     again = learn(model, losses_of("bco"), global_batch_size=6)
-    from online_po.types import Policy
-
     again.load(Policy(version=1, path=tmp_path / "policy"), tmp_path / "trainer")
     assert again.objective.means == learner.objective.means
     left, right = (list(which.update(2, labels, reference, None)) for which in (learner, again))
     assert [step["loss"] for step in left] == [step["loss"] for step in right]
+
+
+@pytest.mark.parametrize("name", ["bco", "bco_pair", "beta_dpo"])
+def test_running_means_begin_anew_with_another_reference(model: Path, name: str) -> None:
+    """They are of distances to the reference: what was measured to the last one says nothing."""
+    examples = make_examples(name, 6)
+    learner = learn(model, losses_of(name))
+    reference = noisy_reference(learner, examples, model)
+    list(learner.update(1, examples, {side: logps - 40 for side, logps in reference.items()}, None))
+    (kept,) = learner.objective.means.values()
+    list(learner.update(2, examples, reference, None, None, False))
+    (carried,) = learner.objective.means.values()
+    steps = list(learner.update(3, examples, reference, None, None, True))
+    (fresh,) = learner.objective.means.values()
+    if name != "beta_dpo":  # whose margins do not see what moves both sides
+        assert kept > 35 and carried > 30
+        assert fresh == pytest.approx(steps[0]["kl_reference"], abs=1e-4)
+    else:
+        assert fresh == pytest.approx(steps[0]["margin"] / 0.1, abs=1e-3) != carried
+
+
+def test_a_custom_loss_may_read_running_means(model: Path) -> None:
+    losses = losses_of("custom", function=f"{__name__}:below_the_mean")
+    pairs = make_pairs(9)
+    learner = learn(model, losses, global_batch_size=3, learning_rate=1e-12, micro_batch_tokens=90)
+    reference = noisy_reference(learner, pairs, model)
+    steps = list(learner.update(1, pairs, reference, None))
+    mean, margins = None, [step["margin"] / 0.1 for step in steps]
+    for step, margin in zip(steps, margins, strict=True):
+        mean = margin if mean is None else 0.9 * mean + 0.1 * margin
+        assert step["loss"] == pytest.approx(mean - margin, abs=1e-3)
+
+
+def below_the_mean(
+    margin_mean: Tensor,
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+) -> Tensor:
+    return margin_mean - (chosen_logps - rejected_logps - reference_chosen_logps + reference_rejected_logps)
+
+
+# -- dropout, number types, limits -------------------------------------------------------------------------
+
+
+DROPOUT = LoraConfig(rank=4, dropout=0.4)
+
+
+def test_both_passes_of_a_step_leave_the_same_out(model: Path) -> None:
+    """beta_dpo with alpha 0 that keeps all pairs is DPO, cut into the same micro-batches."""
+    pairs = make_pairs(10)
+    runs = []
+    for losses in (losses_of("sigmoid"), losses_of("beta_dpo", alpha=0.0, keep=1.0)):
+        learner = learn(model, losses, lora=DROPOUT, epochs=3, micro_batch_tokens=90)
+        reference = noisy_reference(learner, pairs, model)
+        runs.append(list(learner.update(1, pairs, reference, None)))
+    for dpo, same in zip(*runs, strict=True):
+        for name in ("loss", "margin", "grad_norm"):
+            assert same[name] == pytest.approx(dpo[name], rel=1e-5), name
+
+
+def test_the_kl_of_kto_is_of_the_policy_without_dropout(model: Path, tmp_path: Path) -> None:
+    labels = make_labels(10)
+    learner = learn(model, losses_of("kto"), lora=DROPOUT, epochs=4, learning_rate=1e-2)
+    reference = collect_logps(learner.logps, labels, start(model))
+    list(learner.update(1, labels, reference, None))
+    learner.save(1, tmp_path / "policy", tmp_path / "trainer")
+    policy = Policy(version=1, path=tmp_path / "policy", is_adapter=True)
+    own = collect_logps(learner.logps, labels, policy)["mismatched"]
+    lower = {side: logps - 5 for side, logps in reference.items()}  # so that the KL is above 0 for sure
+    step = next(learner.update(2, labels, lower, None))
+    assert step["kto_kl"] == pytest.approx((own - lower["mismatched"]).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["full", "lora"])
+@pytest.mark.parametrize("names", [("aot", "beta_dpo", "wpo"), ("ld_dpo", "bco_pair"), ("kto", "bco")])
+def test_in_bfloat16_a_step_is_the_same_but_for_rounding(
+    model: Path, names: tuple[str, ...], lora: LoraConfig | None
+) -> None:
+    examples, found = make_examples(names[0], 8), []
+    for dtype in ("float32", "bfloat16"):
+        learner = learn(model, losses_of(*names), lora=lora, compute_dtype=dtype, micro_batch_tokens=90)
+        if dtype == "float32":
+            reference = noisy_reference(learner, examples, model)
+        gradients: list[Tensor] = []
+        trained = [p for p in learner.model.parameters() if p.requires_grad]
+        learner.optimizer.register_step_pre_hook(
+            lambda *_, into=gradients, of=trained: into.extend(p.grad.flatten().clone() for p in of)
+        )
+        (step,) = learner.update(1, examples, reference, None)
+        assert all(gradient.dtype == torch.float32 for gradient in gradients)
+        found.append((step, torch.cat(gradients)))
+    (exact, gradient), (rounded, rounded_gradient) = found
+    assert rounded["loss"] != exact["loss"]
+    assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.03)
+    assert (rounded_gradient - gradient).norm() < 0.1 * gradient.norm()
+
+
+@pytest.mark.parametrize("names", [("kto", "bco"), ("aot", "ld_dpo", "wpo")])
+def test_no_pass_holds_more_tokens_than_it_may(model: Path, names: tuple[str, ...]) -> None:
+    examples, limit = make_examples(names[0], 17), 60
+    learner = learn(model, losses_of(*names), micro_batch_tokens=limit)
+    shapes: list[tuple[int, int]] = []
+    learner.scorer.register_forward_pre_hook(lambda _module, args: shapes.append(tuple(args[0].shape)))
+    reference = collect_logps(learner.logps, examples, start(model))
+    list(learner.update(1, examples, reference, None))
+    assert {sequences for sequences, _ in shapes} > {2}
+    for sequences, width in shapes:
+        assert sequences * width <= limit or sequences <= 2  # one example alone, of one side or two
+    longest = max(
+        len(row["prompt_token_ids"]) + len(row[side])
+        for row in examples.to_pylist()
+        for side in row
+        if side in ("chosen_token_ids", "rejected_token_ids", "response_token_ids") and row[side] is not None
+    )
+    assert max(width for _, width in shapes) == longest  # also of prompts with others' responses
 
 
 def test_labels_are_counted_and_averaged_by_kind(model: Path) -> None:
@@ -205,6 +332,33 @@ def test_labels_are_counted_and_averaged_by_kind(model: Path) -> None:
     assert step["margin"] == pytest.approx(ratios[good].mean() - ratios[~good].mean(), abs=1e-4)
     assert step["accuracy"] == pytest.approx(((ratios > 0) == good).mean())
     assert step["kto_kl"] == pytest.approx(max(0.0, (own["mismatched"] - reference["mismatched"]).mean()), abs=1e-4)
+
+
+def test_a_rounds_means_of_labels_are_those_of_one_step_over_all(model: Path) -> None:
+    """Also where the kinds are spread unevenly over steps; and all that screen and report read is there."""
+    labels = make_labels(14, seed=3)
+    found = []
+    for size in (4, 16):
+        learner = learn(model, losses_of("apo_zero_unpaired"), global_batch_size=size, learning_rate=1e-12)
+        reference = noisy_reference(learner, labels, model)
+        steps = list(learner.update(1, labels, reference, reference))
+        assert all(step["desirable"] + step["undesirable"] == step["labels"] for step in steps)
+        found.append(round_means(steps))
+    assert len({step["desirable"] / step["labels"] for step in steps}) == 1
+    several, one = found
+    assert several.keys() == one.keys()
+    for name in one.keys() - {*PER_STEP, "seconds"}:
+        assert several[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+    assert {metric for _, _, lines, _ in TRAINING for metric, _ in lines} <= one.keys()
+    counted = count_examples(labels)
+    assert {name: one[name] for name in ("labels", "desirable", "undesirable")} == {
+        name: counted[name] for name in ("labels", "desirable", "undesirable")
+    }
+    screen = io.StringIO()
+    ConsoleObserver(Console(file=screen, width=120)).round(
+        {"round": 1, "score_mean": 0.5, "wall_seconds": 2.0, **one, **counted}
+    )
+    assert f"accuracy {one['accuracy']:.0%} · 14 labels" in screen.getvalue()
 
 
 def test_labels_of_one_kind_or_of_one_prompt_train(model: Path) -> None:
@@ -247,6 +401,10 @@ def test_a_step_that_is_not_finite_can_be_left_out(model: Path) -> None:
     steps = list(learner.update(1, pairs, reference, None))
     skipped = [step for step in steps if "skipped" in step]
     assert len(skipped) == 1 and len(steps) == 2
-    assert "loss" not in skipped[0] and all(np.isfinite(value) for step in steps for value in step.values())
+    # Nothing of it enters the round's means.
+    assert skipped[0].keys() == {"skipped", "pairs", "tokens", "seconds", "learning_rate"}
+    assert all(np.isfinite(value) for step in steps for value in step.values())
+    means = round_means(steps)
+    assert means["skipped"] == 1 and means["accuracy"] == next(s for s in steps if s not in skipped)["accuracy"]
     moved = [name for name, p in learner.model.named_parameters() if not torch.equal(p, before[name])]
     assert moved and all(torch.isfinite(p).all() for p in learner.model.parameters())

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from make_tiny_model import make_tiny_model
 from online_po import logps as logps_module
-from online_po.errors import OnlinePOError
+from online_po.errors import NonFiniteError
 from online_po.learner import TorchLearner
 from online_po.loss_configs import LOSS_BY_NAME
 from online_po.policy_model import gather
@@ -42,6 +42,7 @@ ONE = make_pairs(1, seed=2)  # a step in which one rank of two has no pair
 LABELS = make_labels(17)
 # Losses that look at the whole step, at parts of responses, or at other prompts' responses.
 MIXTURES = {("aot", "beta_dpo", "wpo"): PAIRS, ("ld_dpo", "bco_pair"): PAIRS, ("kto", "bco"): LABELS}
+SKIPPING = (("sigmoid",), ("bco_pair", "sigmoid"))
 # A larger eps: Adam divides by the root of the second moment, which would turn rounding dust into steps.
 SETTINGS = {"eps": 1e-4, "gradient_checkpointing": True, "weight_decay": 0.01}
 
@@ -81,9 +82,17 @@ def scenario(model: Path, out: Path, lora: LoraConfig | None, ranks: int) -> dic
             for side, logps in collect_logps(learner.logps, examples, start).items()
         }
         found["losses"]["+".join(names)] = list(learner.update(1, examples, reference, reference))
+    ill = {side: found["logps0"][side].copy() for side in ("chosen", "rejected")}
+    ill["chosen"][3] = np.nan  # one pair, which one rank of two has
+    for names in SKIPPING:
+        learner = make_mixture(model, config, names, skip_nonfinite=True)
+        found["skipping " + "+".join(names)] = list(learner.update(1, PAIRS, ill, None))
+        learner.save(1, out / f"policy-skipping-{names[0]}", out / f"trainer-skipping-{names[0]}")
     learner = make_learner(model, config)
-    with pytest.raises(OnlinePOError, match="step was not applied"):
-        list(learner.update(4, MORE, {side: np.full(9, np.nan, np.float32) for side in ("chosen", "rejected")}, None))
+    with pytest.raises(NonFiniteError, match="step was not applied"):
+        list(learner.update(1, PAIRS, ill, None))
+    learner.load(first, out / "trainer1")
+    found["after an error"] = list(learner.update(2, MORE, found["logps1"], None))
     if ranks > 1:  # this folder was written by the other number of ranks
         learner.load(Policy(version=1, path=out.parent / "one" / "policy1", is_adapter=lora is not None),
                      out.parent / "one" / "trainer1")  # fmt: skip
@@ -91,9 +100,10 @@ def scenario(model: Path, out: Path, lora: LoraConfig | None, ranks: int) -> dic
     return found | {"round 1": steps}
 
 
-def make_mixture(model: Path, config: Any, names: tuple[str, ...]) -> Any:
+def make_mixture(model: Path, config: Any, names: tuple[str, ...], skip_nonfinite: bool = False) -> Any:
     losses = tuple(LOSS_BY_NAME[name]() for name in names)  # type: ignore[call-arg]
-    return TorchLearner(ModelConfig(path=str(model)), config, losses, seed=7, rounds=3)
+    model_config = ModelConfig(path=str(model))
+    return TorchLearner(model_config, config, losses, seed=7, rounds=3, skip_nonfinite=skip_nonfinite)
 
 
 def rank_main(rank: int, ranks: int, model: Path, out: Path) -> None:
@@ -179,6 +189,31 @@ def test_losses_that_look_across_examples_see_both_ranks(runs: dict[str, Any], k
     assert timeless(two) == timeless(other) and len(one) == 3
     for step, same in zip(comparable(one), comparable(two), strict=True):
         assert same == pytest.approx(step, rel=1e-3, abs=5e-5)
+
+
+@pytest.mark.parametrize("names", SKIPPING, ids="+".join)
+@pytest.mark.parametrize("kind", list(LORA))
+def test_both_ranks_leave_out_a_step_that_is_not_finite_and_go_on(
+    runs: dict[str, Any], kind: str, names: tuple[str, ...]
+) -> None:
+    one, two, other = (run["skipping " + "+".join(names)] for run in runs[kind])
+    assert sum("skipped" in step for step in one) == 1 and len(one) == 3
+    assert timeless(two) == timeless(other)
+    for step, same in zip(one, two, strict=True):
+        assert ("skipped" in step) == ("skipped" in same)
+        if "skipped" not in step:
+            assert same["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-3)
+    for folder in (f"policy-skipping-{names[0]}", f"trainer-skipping-{names[0]}"):
+        (name,) = {file.name for file in (runs["out"] / kind / "one" / folder).glob("*.safetensors")}
+        left, right = (load_file(runs["out"] / kind / count / folder / name) for count in ("one", "two"))
+        for key, value in left.items():
+            torch.testing.assert_close(right[key], value, rtol=1e-4, atol=3e-6, msg=f"{folder}: {key}")
+
+
+@pytest.mark.parametrize("kind", list(LORA))
+def test_ranks_train_on_after_a_step_that_was_not_finite(runs: dict[str, Any], kind: str) -> None:
+    for run in runs[kind]:
+        assert timeless(run["after an error"]) == timeless(run["straight"])
 
 
 @pytest.mark.parametrize("kind", list(LORA))

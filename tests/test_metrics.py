@@ -156,3 +156,25 @@ def test_round_means_weigh_by_pairs_and_tokens():
             "kl_start": 0.5,
         }
     )
+
+
+def test_round_means_of_labels_weigh_each_kind_by_its_own_count():
+    steps = [
+        {"labels": 4.0, "desirable": 3.0, "undesirable": 1.0, "loss": 1.0, "chosen_reward": 1.0, "chosen_logps": -2.0,
+         "rejected_reward": -1.0, "margin": 2.0},
+        {"labels": 4.0, "desirable": 1.0, "undesirable": 3.0, "loss": 3.0, "chosen_reward": 5.0, "chosen_logps": -6.0,
+         "rejected_reward": 3.0, "margin": 2.0},
+        {"labels": 2.0, "desirable": 2.0, "undesirable": 0.0, "loss": 2.0, "chosen_reward": 2.0, "chosen_logps": -3.0},
+    ]  # fmt: skip
+    assert round_means(steps) == pytest.approx(
+        {
+            "labels": 10.0,
+            "desirable": 6.0,
+            "undesirable": 4.0,
+            "loss": (4 * 1 + 4 * 3 + 2 * 2) / 10,
+            "chosen_reward": (3 * 1 + 1 * 5 + 2 * 2) / 6,
+            "chosen_logps": -(3 * 2 + 1 * 6 + 2 * 3) / 6,
+            "rejected_reward": (1 * -1 + 3 * 3) / 4,
+            "margin": 2.0 - 2.0,
+        }
+    )

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from online_po import files
 from online_po.report import write_report
@@ -133,6 +134,15 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path):
         path.unlink()
     (folder / "timeline.jsonl").unlink()
     assert "has no evaluation yet" in write_report(folder).read_text()
+
+
+def test_a_beta_for_each_round_is_shown(tmp_path):
+    folder = make_run_folder(tmp_path)
+    path = folder / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["loss"] = [{"name": "ipo", "weight": 1.0, "beta": [0.5, 0.25]}]
+    path.write_text(yaml.safe_dump(config))
+    assert "ipo, β 0.5, 0.25" in write_report(folder).read_text()
 
 
 def test_a_line_cut_short_is_skipped(tmp_path):

@@ -138,10 +138,10 @@ def _one(loss: LossBase, inputs: LossInputs | UnpairedInputs, beta: float | None
     if isinstance(options.get("beta"), tuple):
         raise ConfigError(f"loss.beta is a list of one for each round ({loss.beta}); say which round's is meant")  # type: ignore[attr-defined]
     losses = function(**tensors, **options)
-    if isinstance(loss, Custom) and losses.shape != next(iter(tensors.values())).shape:
+    if isinstance(loss, Custom) and isinstance(inputs, LossInputs) and losses.shape != inputs.chosen_logps.shape:
         raise ConfigError(
             f"loss.function is {loss.function!r}, which gave a tensor of shape {tuple(losses.shape)} for "
-            f"{len(next(iter(tensors.values())))} pairs; it must give one loss a pair"
+            f"{len(inputs.chosen_logps)} pairs; it must give one loss a pair"
         )
     return losses
 

@@ -179,9 +179,9 @@ def beta_dpo(
     in nats without beta, and beta' has no gradient and is held at or above SMALLEST_BETA. Only the share `keep` of the
     pairs counts, those nearest to m0: the authors draw them with normal weights around m0, this takes the likeliest
     draw, so that it is repeatable. The others' losses are 0 and these weigh more, which makes the mean over B that over
-    the kept. m0 is the running mean of m, the authors' 0.9 times the last one plus 0.1 times this batch's, from 0 on;
-    where it is not given, the batch's own, and then beta' moves by the filter alone. Fails in small batches, whose mean
-    is noise.
+    the kept. m0 is the running mean of m: 0.9 times the last one plus 0.1 times this batch's, as the authors', but from
+    the first batch's on where theirs is from 0 on. Where it is not given, the batch's own, and then beta' moves by the
+    filter alone. Fails in small batches, whose mean is noise.
     """
     margins = (chosen_logps - reference_chosen_logps) - (rejected_logps - reference_rejected_logps)
     with torch.no_grad():
