@@ -169,7 +169,7 @@ class TorchLearner:
         chosen_reward, rejected_reward: implicit rewards beta * log(pi / reference), or beta * log(pi) without a
         reference (beta: see `online_po.loss_configs.reward_beta`); chosen_logps, rejected_logps: summed over tokens;
         all means over pairs. Of labelled responses: the same over desirable (chosen) and undesirable (rejected) ones,
-        margin the difference of the two rewards, and accuracy the share whose reward is above zero exactly if desirable.
+        margin the difference of the rewards, and accuracy the share whose reward is above zero exactly if desirable.
         kl_reference, kl_start, where those logps are given: mean over both responses of every pair of the summed
         log(pi / other), nats a response. That is the k1 estimator of KL(pi, other) only where responses are samples
         of pi itself. Logps here are at temperature 1, while responses are drawn at generator.temperature and
