@@ -17,21 +17,19 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 
 from online_po.errors import ConfigError
 from online_po.example_checks import check_examples
+from online_po.example_configs import LabelsConfig, PairsConfig
 from online_po.guard_configs import GuardsConfig, check_guards
 from online_po.loss_configs import LOSS_BY_NAME, LossName, Sigmoid
+from online_po.reference_configs import BetaControlConfig, ReferenceConfig
 from online_po.sections import (
-    BetaControlConfig,
     EvalConfig,
     GeneratorConfig,
     JudgeConfig,
-    LabelsConfig,
     LearnerConfig,
     LoopConfig,
     ModelConfig,
-    PairsConfig,
     PromptsConfig,
     RayConfig,
-    ReferenceConfig,
     RunConfig,
     SamplingConfig,
     Section,

@@ -6,8 +6,8 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import assert_never
 
+from online_po.example_configs import LabelsConfig
 from online_po.pairs import Skip
-from online_po.sections import LabelsConfig
 from online_po.types import Group, Judgement, Label
 
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from online_po.sections import PairsConfig
+from online_po.example_configs import PairsConfig
 from online_po.types import GivenResponse, Group, Judgement, Pair, Prompt, Response
 
 Skip = Literal[

@@ -9,7 +9,7 @@ from online_po.errors import ConfigError
 from online_po.ledger import Ledger
 from online_po.loop import run_rounds
 from online_po.loss_configs import LOSS_BY_NAME
-from online_po.sections import BetaControlConfig
+from online_po.reference_configs import BetaControlConfig
 from tests.fakes import make_config
 from tests.test_loop import make_parts
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from online_po.example_configs import LabelsConfig
 from online_po.labels import build_labels, flip
-from online_po.sections import LabelsConfig
 from online_po.types import JudgeFailure, Judgement
 from tests.test_pairs import group
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from online_po.example_configs import PairsConfig
 from online_po.pairs import build_pairs, flip, spin_pairs
-from online_po.sections import PairsConfig
 from online_po.types import GivenResponse, Group, JudgeFailure, Judgement, Prompt, Response
 
 PROMPT = Prompt(id="p", messages=({"role": "user", "content": "q"},), text="q", token_ids=(1,), metadata={})
