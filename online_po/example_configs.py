@@ -84,7 +84,10 @@ class PairsConfig(Section):
             if self.strategy == "spin" and getattr(self, name):
                 raise ValueError(f"pairs.{name} has no effect with pairs.strategy: spin, which has no scores; drop it")
         if (self.seed_path is None) != (self.seed_share == 0):
-            raise ValueError("give both pairs.seed_path and a pairs.seed_share above 0, or neither")
+            raise ValueError(
+                f"pairs.seed_path is {self.seed_path!r} and pairs.seed_share is {self.seed_share:g}; give both "
+                "pairs.seed_path and a pairs.seed_share above 0, or neither"
+            )
         if self.replay_share + self.seed_share >= 1:
             raise ValueError(
                 f"pairs.replay_share is {self.replay_share:g} and pairs.seed_share is {self.seed_share:g}: nothing is "

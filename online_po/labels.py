@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from fractions import Fraction
 from typing import assert_never
 
 from online_po.example_configs import LabelsConfig
-from online_po.pairs import Skip
+from online_po.pairs import ROUNDING, Skip
 from online_po.types import Group, Judgement, Label
 
 
@@ -39,9 +39,10 @@ def _desirable(scores: tuple[float, ...], config: LabelsConfig) -> list[bool | N
             assert config.threshold is not None
             return [score >= config.threshold for score in scores]
         case "group_mean":
-            # Exactly: a rounded mean of equal scores may differ from every one of them.
-            mean = sum(map(Fraction, scores), Fraction()) / len(scores)
-            return [None if score == mean else score > mean for score in map(Fraction, scores)]
+            mean = math.fsum(scores) / len(scores)
+            # Of 0.1, 0.2 and 0.3 the second lies on the mean, though not in floats.
+            rounding = ROUNDING * max(map(abs, scores))
+            return [None if abs(score - mean) <= rounding else score > mean for score in scores]
         case "top_bottom":
             count = max(1, int(config.share * len(scores) + 1e-9))  # 0.29 x 100 is 29
             ranked = sorted(scores)

@@ -48,7 +48,10 @@ class ReferenceConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> ReferenceConfig:
         if self.logps != "sampler" and self.max_mismatch != type(self).model_fields["max_mismatch"].default:
-            raise ValueError(f"reference.max_mismatch is for reference.logps: sampler, not {self.logps}")
+            raise ValueError(
+                f"reference.max_mismatch is {self.max_mismatch:g}, but it is for reference.logps: sampler, not "
+                f"{self.logps}; drop it"
+            )
         for name, kinds in (("every", ("refresh", "ema")), ("alpha", ("ema",)), ("above", ("kl",))):
             value = getattr(self, name)
             if self.kind not in kinds and value != type(self).model_fields[name].default:
@@ -61,6 +64,12 @@ class ReferenceConfig(Section):
         if self.kind == "kl" and self.above is None:
             raise ValueError("reference.kind is kl, so reference.above must be given, in nats a response, say 10")
         return self
+
+    @property
+    def refreshes_every(self) -> int | None:
+        """Rounds between two times that the policy itself takes the reference's place; None where that is not so, or
+        not known beforehand. A mean in which the policy has all the weight is the policy."""
+        return self.every if self.kind == "refresh" or (self.kind == "ema" and self.alpha == 1) else None
 
 
 class BetaControlConfig(Section):

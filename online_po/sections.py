@@ -176,6 +176,14 @@ class JudgeConfig(Section):
         description="For python: called with (prompt, response, metadata) and giving one score, or called with "
         "(prompt, responses, metadata) and giving one score per response.",
     )
+    bradley_terry_scale: float | None = Field(
+        None,
+        gt=0,
+        description="The judge's scores are Bradley-Terry rewards (Bradley & Terry 1952): chosen beats rejected with "
+        "probability sigmoid(score gap / scale). 1 for a reward model trained on pairs. Written to pairs.parquet as "
+        "`preference_probability`, and read by loss sppo with probability: soft. null: the judge gives no "
+        "probabilities.",
+    )
     workers: int = Field(1, ge=1, description="Judge processes.")
     concurrency: int = Field(8, ge=1, description="Calls in flight in one judge process.")
     timeout_s: float = Field(60.0, gt=0, description="Seconds after which one call counts as failed.")

@@ -43,6 +43,12 @@ def test_the_controller_raises_beta_where_the_policy_is_too_far_and_the_error_is
         ({"beta_control": {"target_kl": 1, "gain": 5, "max_error": 0.5}}, "keep it below 1"),
         ({"beta_control": {"target_kl": 1}, "loss": {"name": "simpo"}}, "no beta against a reference"),
         ({"beta_control": {"target_kl": 1}, "reference": {"kind": "refresh"}}, "starts from zero every round"),
+        ({"beta_control": {"target_kl": 1}, "reference": {"kind": "ema", "alpha": 1}}, "starts from zero every round"),
+        ({"beta_control": {"target_kl": 1}, "loop__rounds": 1}, "beta_control is set, but loop.rounds is 1"),
+        (
+            {"beta_control": {"target_kl": 5}, "reference": {"kind": "kl", "above": 5}},
+            "beta_control.target_kl is 5, but at reference.above = 5 the reference takes the policy's place",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, change, message):

@@ -12,6 +12,8 @@ from tests.fakes import make_config
 
 REFERENCE_FREE = {"name": "simpo"}
 KTO = {"loss": {"name": "kto"}}
+SOFT = {"name": "sppo", "probability": "soft"}
+SCALE = {"judge__bradley_terry_scale": 1}
 SPIN = {"pairs__strategy": "spin", "pairs__chosen_column": "gold"}
 
 
@@ -22,6 +24,16 @@ SPIN = {"pairs__strategy": "spin", "pairs__chosen_column": "gold"}
         ({"pairs__chosen_column": "gold"}, "pairs.chosen_column is for pairs.strategy: spin, not best_worst"),
         ({**SPIN, "pairs__min_margin": 0.1}, "pairs.min_margin has no effect with pairs.strategy: spin"),
         ({**SPIN, "pairs__flip_rate": 0.1}, "pairs.flip_rate has no effect with pairs.strategy: spin"),
+        (
+            {"loss": SOFT},
+            "loss.probability is soft, but judge.bradley_terry_scale is null: .* set it .*probability: hard",
+        ),
+        (
+            {"loss": SOFT, **SCALE, "pairs": {"seed_path": "s.jsonl", "seed_share": 0.1}},
+            "loss.probability is soft, but pairs of pairs.seed_path '.*s.jsonl' have no probability",
+        ),
+        ({"loss": SOFT, **SPIN}, "loss.probability is soft, but pairs of pairs.strategy: spin have no probability"),
+        ({**SCALE, **SPIN}, "judge.bradley_terry_scale is 1, but has no effect with pairs.strategy: spin"),
         ({**SPIN, "loss": {"name": "odpo"}}, "loss.name: odpo needs scores, .* pairs.strategy: spin"),
         ({"pairs__seed_path": "s.jsonl"}, "both pairs.seed_path and a pairs.seed_share above 0"),
         ({"pairs__seed_share": 0.5}, "both pairs.seed_path and a pairs.seed_share above 0"),
@@ -37,7 +49,11 @@ SPIN = {"pairs__strategy": "spin", "pairs__chosen_column": "gold"}
         ({"pairs": {"strategy": "hardest", "max_per_prompt": 2}}, "pairs.max_per_prompt is for"),
         ({"labels": {"rule": "top_bottom"}}, "labels.rule is 'top_bottom', but loss.name: sigmoid trains on pairs"),
         ({"loss": [{"name": "sigmoid"}, {"name": "kto"}]}, r"loss mixes sigmoid \(paired\) and kto \(unpaired\)"),
-        ({"generator__temperature": 0, **SPIN}, "generator.temperature is 0"),
+        (
+            {"generator__temperature": 0, **SPIN},
+            "generator.temperature is 0: all 3 .* or set loop.responses_per_prompt: 1",
+        ),
+        ({"generator__temperature": 0}, "generator.temperature is 0: all 3 responses .* would be the same; raise it$"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, settings, message):
@@ -54,6 +70,7 @@ def test_what_does_not_fit_is_refused(tmp_path, settings, message):
         ({"pairs__min_margin": 0.1}, "pairs.min_margin is 0.1, but loss.name: kto"),
         ({"pairs__max_length_ratio": 2}, "pairs.max_length_ratio is 2"),
         ({"loop__responses_per_prompt": 1}, "labels.rule: group_mean compares .* use 2 or more"),
+        (SCALE, "judge.bradley_terry_scale is 1, but has no effect with loss.name: kto"),
         ({"labels": {"share": 0.5}}, "labels.share is 0.5, .* only with labels.rule: top_bottom"),
         ({"loss": [{"name": "kto"}, {"name": "sft"}]}, "loss mixes kto"),
     ],
@@ -71,6 +88,8 @@ def test_what_lies_beside_a_refusal_passes(tmp_path):
     for_both = {"replay_share": 0.2, "replay_rounds": 2, "balance_column": "d", "balance_ratio": 2, "flip_rate": 0.1}
     make_config(tmp_path, **KTO, pairs=for_both, labels={"rule": "top_bottom", "share": 0.5})
     make_config(tmp_path, loss=[{"name": "kto"}, {"name": "bco"}])
+    make_config(tmp_path, loss=SOFT, **SCALE, pairs={"replay_share": 0.2, "flip_rate": 0.1})
+    make_config(tmp_path, **SCALE, pairs={"seed_path": "s.jsonl", "seed_share": 0.3})  # the column is there for others
     make_config(tmp_path, pairs=for_both | {"seed_path": "s.jsonl", "seed_share": 0.3}, loss={"name": "odpo"})
 
 
@@ -79,11 +98,13 @@ def test_reward_gaps_that_are_always_zero_are_refused(tmp_path):
         return make_config(tmp_path, pairs__strategy="hardest_reward", **settings)
 
     refresh = {"kind": "refresh", "every": 1}
-    for settings in ({"reference": refresh}, {"loop__rounds": 1}):
+    for settings in ({"reference": refresh}, {"loop__rounds": 1}, {"reference": {"kind": "ema", "alpha": 1}}):
         with pytest.raises(ConfigError, match="pairs.strategy is hardest_reward, but in every round"):
             parse(**settings)
     parse()
     parse(reference={"kind": "refresh", "every": 2})
+    parse(reference={"kind": "ema", "alpha": 0.9})
+    parse(reference={"kind": "kl", "above": 1})
     parse(reference=refresh, loop__max_staleness=1)
     parse(loss=REFERENCE_FREE)
     parse(loss=REFERENCE_FREE, loop__rounds=1)
