@@ -35,7 +35,7 @@ NOTES = """## Choices
 - `ipo` averages log-ratios over tokens, as the paper's authors say they do; `average_logps: false` is eq. 17 as it is
   written. The two need different betas.
 - `sppo` sums over the two responses of a pair. `probability: soft` takes the judge's probability that chosen beats
-  rejected, where the paper takes that of beating the policy's average response.
+  rejected (`judge.bradley_terry_scale`), where the paper takes that of beating the policy's average response.
 - `bco_pair`, `bco` and `beta_dpo` shift by running means; where none is given, by the mean over what is handed in.
 - `beta_dpo` keeps the pairs nearest to the running mean, where the paper draws them with normal weights: the likeliest
   draw, and repeatable. Margins are in nats, without beta, as in the authors' code.
