@@ -96,7 +96,7 @@ def _conditions(config: PairsConfig) -> list[tuple[Skip, Callable[[Scored, Score
     ratio = config.max_length_ratio
     conditions: list[tuple[Skip, Callable[[Scored, Scored], bool]]] = [
         ("identical", lambda a, b: a[0].text != b[0].text),
-        ("tie", lambda a, b: a[1] > b[1]),
+        ("tie", lambda a, b: _is_below(0, _margin((a, b)), (a, b))),
         ("below_min_margin", lambda a, b: not _is_below(_margin((a, b)), config.min_margin, (a, b))),
     ]
     if ratio is not None:
@@ -141,7 +141,8 @@ def _margin(pair: Candidate) -> float:
 
 
 def _is_below(gap: float, other: float, pair: Candidate) -> bool:
-    """Whether a gap of scores is below another by more than rounding: 0.9 - 0.8 is not below 0.1."""
+    """Whether a gap of scores is below another by more than rounding: 0.9 - 0.8 is not below 0.1, nor is 0 below that
+    of 0.1 + 0.2 and 0.3."""
     return gap < other - ROUNDING * max(abs(pair[0][1]), abs(pair[1][1]))
 
 

@@ -12,8 +12,6 @@ from tests.fakes import make_config
 
 REFERENCE_FREE = {"name": "simpo"}
 KTO = {"loss": {"name": "kto"}}
-SOFT = {"name": "sppo", "probability": "soft"}
-SCALE = {"judge__bradley_terry_scale": 1}
 SPIN = {"pairs__strategy": "spin", "pairs__chosen_column": "gold"}
 
 
@@ -24,16 +22,6 @@ SPIN = {"pairs__strategy": "spin", "pairs__chosen_column": "gold"}
         ({"pairs__chosen_column": "gold"}, "pairs.chosen_column is for pairs.strategy: spin, not best_worst"),
         ({**SPIN, "pairs__min_margin": 0.1}, "pairs.min_margin has no effect with pairs.strategy: spin"),
         ({**SPIN, "pairs__flip_rate": 0.1}, "pairs.flip_rate has no effect with pairs.strategy: spin"),
-        (
-            {"loss": SOFT},
-            "loss.probability is soft, but judge.bradley_terry_scale is null: .* set it .*probability: hard",
-        ),
-        (
-            {"loss": SOFT, **SCALE, "pairs": {"seed_path": "s.jsonl", "seed_share": 0.1}},
-            "loss.probability is soft, but pairs of pairs.seed_path '.*s.jsonl' have no probability",
-        ),
-        ({"loss": SOFT, **SPIN}, "loss.probability is soft, but pairs of pairs.strategy: spin have no probability"),
-        ({**SCALE, **SPIN}, "judge.bradley_terry_scale is 1, but has no effect with pairs.strategy: spin"),
         ({**SPIN, "loss": {"name": "odpo"}}, "loss.name: odpo needs scores, .* pairs.strategy: spin"),
         ({"pairs__seed_path": "s.jsonl"}, "both pairs.seed_path and a pairs.seed_share above 0"),
         ({"pairs__seed_share": 0.5}, "both pairs.seed_path and a pairs.seed_share above 0"),
@@ -70,7 +58,6 @@ def test_what_does_not_fit_is_refused(tmp_path, settings, message):
         ({"pairs__min_margin": 0.1}, "pairs.min_margin is 0.1, but loss.name: kto"),
         ({"pairs__max_length_ratio": 2}, "pairs.max_length_ratio is 2"),
         ({"loop__responses_per_prompt": 1}, "labels.rule: group_mean compares .* use 2 or more"),
-        (SCALE, "judge.bradley_terry_scale is 1, but has no effect with loss.name: kto"),
         ({"labels": {"share": 0.5}}, "labels.share is 0.5, .* only with labels.rule: top_bottom"),
         ({"loss": [{"name": "kto"}, {"name": "sft"}]}, "loss mixes kto"),
     ],
@@ -88,8 +75,6 @@ def test_what_lies_beside_a_refusal_passes(tmp_path):
     for_both = {"replay_share": 0.2, "replay_rounds": 2, "balance_column": "d", "balance_ratio": 2, "flip_rate": 0.1}
     make_config(tmp_path, **KTO, pairs=for_both, labels={"rule": "top_bottom", "share": 0.5})
     make_config(tmp_path, loss=[{"name": "kto"}, {"name": "bco"}])
-    make_config(tmp_path, loss=SOFT, **SCALE, pairs={"replay_share": 0.2, "flip_rate": 0.1})
-    make_config(tmp_path, **SCALE, pairs={"seed_path": "s.jsonl", "seed_share": 0.3})  # the column is there for others
     make_config(tmp_path, pairs=for_both | {"seed_path": "s.jsonl", "seed_share": 0.3}, loss={"name": "odpo"})
 
 

@@ -36,6 +36,8 @@ def test_group_mean_leaves_out_what_lies_on_it():
     assert labels((0.1, 0.2, 0.3), rule="group_mean") == {0: False, 2: True}
     assert labels((-0.3, 0.0, 0.1, 0.2), rule="group_mean") == {0: False, 2: True, 3: True}
     assert labels((0.0, 1e-9), rule="group_mean") == {0: False, 1: True}
+    assert labels((0.1 + 0.2, 0.3), rule="group_mean") == labels((0.1 + 0.2, 0.3), rule="top_bottom") == "tie"
+    assert labels((0.1 + 0.2, 0.3, 0.1), rule="top_bottom") == {2: False}
 
 
 def test_top_bottom_takes_whole_shares_and_no_tie_across_their_bounds():

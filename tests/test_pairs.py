@@ -101,6 +101,8 @@ def test_hardest_reward_is_the_smallest_reward_gap_whichever_side_is_ahead():
 def test_rounding_decides_nothing():
     assert 0.9 - 0.8 < 0.1 and 1 - 2 / 3 > 2 / 3 - 1 / 3
     assert indices((0.9, 0.8), min_margin=0.1) == [(0, 1)]
+    assert indices((0.1 + 0.2, 0.3)) == indices((1e6 + 1e-9, 1e6)) == "tie"
+    assert indices((1e-300, 0.0)) == indices((1e6 + 1e-3, 1e6)) == [(0, 1)]
     assert indices((0.9, 0.8), min_margin=0.1001) == "below_min_margin"
     # Thirds are equal gaps, though not in floats: either may be drawn.
     for strategy, rewards in (("hardest", None), ("hardest_reward", [0.0] * 3)):
