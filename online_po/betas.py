@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from online_po.loss_configs import LossBase
-from online_po.sections import BetaControlConfig
+from online_po.reference_configs import BetaControlConfig
 from online_po.types import Reference
 
 

@@ -13,37 +13,48 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ValidationError, model_validator
-from yaml.nodes import MappingNode, Node, ScalarNode
 
 from online_po.errors import ConfigError
 from online_po.example_checks import check_examples
+from online_po.example_configs import LabelsConfig, PairsConfig
 from online_po.guard_configs import GuardsConfig, check_guards
-from online_po.loss_configs import LOSS_BY_NAME, LossName, Sigmoid
+from online_po.loss_checks import check_losses
+from online_po.loss_configs import LOSS_BY_NAME, LossBase, LossName, Sigmoid
+from online_po.reference_configs import BetaControlConfig, ReferenceConfig
 from online_po.sections import (
-    BetaControlConfig,
     EvalConfig,
     GeneratorConfig,
     JudgeConfig,
-    LabelsConfig,
     LearnerConfig,
     LoopConfig,
     ModelConfig,
-    PairsConfig,
     PromptsConfig,
     RayConfig,
-    ReferenceConfig,
     RunConfig,
     SamplingConfig,
     Section,
 )
+from online_po.yaml_text import apply_override, load_yaml
+
+OTHER_NAMES = {
+    "dpo": "sigmoid",
+    "slic": "hinge",
+    "robust": "rdpo",
+    "sppo_hard": "sppo",
+    "sigmoid_norm": "ln_dpo",
+    "nll": "sft",
+}
+"""What other tools and papers call some losses."""
 
 
-def _as_list(value: Any) -> Any:
-    """One loss is a list of one; a loss without a name is DPO's."""
+def _as_list(value: Any) -> list[Any]:
+    """One loss is a list of one; a loss without a name is DPO's. Raises ValueError for what is no list of losses."""
     listed = [value] if isinstance(value, dict) else value
-    if not isinstance(listed, list) or not all(isinstance(loss, dict) for loss in listed):
-        return listed
-    return [{"name": "sigmoid", **loss} for loss in listed]
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(loss, (dict, LossBase)) for loss in listed):
+        raise ValueError(f"loss is {value!r}; write one as {{name: sigmoid, beta: 0.1}}, or a list of such")
+    if not listed:
+        raise ValueError("loss is an empty list; name a loss, or leave it out for DPO")
+    return [{"name": "sigmoid", **loss} if isinstance(loss, dict) else loss for loss in listed]
 
 
 class Config(Section):
@@ -71,8 +82,10 @@ class Config(Section):
     @classmethod
     def _no_reference(cls, data: Any) -> Any:
         """Without a section `reference`, losses that need none get none."""
-        losses = _as_list(data.get("loss", {}))
-        names = [loss["name"] for loss in losses if isinstance(loss, dict)] if isinstance(losses, list) else []
+        try:
+            names = [loss["name"] for loss in _as_list(data.get("loss", {})) if isinstance(loss, dict)]
+        except ValueError:  # told of together with the other fields' faults
+            return data
         known = [loss for name, loss in LOSS_BY_NAME.items() if name in names]
         if known and not any(loss.needs_reference for loss in known) and "reference" not in data:
             return data | {"reference": {"kind": "none"}}
@@ -80,9 +93,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        self._check_loss()
-        self._check_beta_control()
-        self._check_sampler_logps()
+        check_losses(self)
         check_examples(self)
         context = self.prompts.max_tokens + self.generator.max_tokens
         if self.generator.max_model_len is not None and self.generator.max_model_len < context:
@@ -92,11 +103,6 @@ class Config(Section):
             )
         if self.generator.engine == "transformers" and self.generator.tensor_parallel > 1:
             raise ValueError("generator.tensor_parallel above 1 needs generator.engine: vllm")
-        if self.reference.every > self.loop.rounds:
-            raise ValueError(
-                f"reference.every is {self.reference.every}, but loop.rounds is {self.loop.rounds}: the reference "
-                "would never change; lower it or set reference.kind: fixed"
-            )
         if self.model.revision is not None and os.path.isdir(self.model.path):
             raise ValueError(
                 f"model.revision is {self.model.revision!r}, but model.path is a local folder, which has none; drop it"
@@ -119,9 +125,13 @@ class Config(Section):
             self.guards,
             keep_checkpoints=kept,
             max_staleness=self.loop.max_staleness,
-            measures_kl=self.reference.kind != "none" or self.measures_kl_to_start,
-            evaluates=self.eval.every > 0,
+            unmet=self._unmet_by_guards(),
         )
+        if self.eval_sampling.temperature == 0 and self.eval.responses_per_prompt > 1:
+            raise ValueError(
+                f"eval.responses_per_prompt is {self.eval.responses_per_prompt}, but at temperature 0 all responses to "
+                "a prompt would be the same; set it to 1, or eval.temperature above 0"
+            )
         if self.eval.every == 0 and (self.prompts.heldout_path or self.prompts.heldout_size):
             raise ValueError("eval.every is 0 but held-out prompts are given; drop them or evaluate")
         if self.eval.every > 0 and not (self.prompts.heldout_path or self.prompts.heldout_size):
@@ -129,83 +139,6 @@ class Config(Section):
                 "no held-out prompts for evaluation: set prompts.heldout_path or prompts.heldout_size, or eval.every: 0"
             )
         return self
-
-    def _check_loss(self) -> None:
-        """What the learner can train with, of what there is."""
-        if not self.loss:
-            raise ValueError("loss is an empty list; name a loss, or leave it out for DPO")
-        other = next((loss for loss in self.loss if loss.kind != self.loss[0].kind), None)
-        if other is not None:
-            raise ValueError(
-                f"loss mixes {self.loss[0].name} ({self.loss[0].kind}) and {other.name} ({other.kind}), but a round "
-                "holds pairs or single labelled responses, not both; choose losses of one kind"
-            )
-        for loss in self.loss:
-            if loss.needs_probabilities:
-                raise ValueError(
-                    "loss.probability is soft, but the judge gives no preference probabilities; use probability: hard"
-                )
-            beta = getattr(loss, "beta", None)
-            if isinstance(beta, tuple) and len(beta) != self.loop.rounds:
-                raise ValueError(
-                    f"loss.beta of {loss.name} is a list of {len(beta)}, but loop.rounds is {self.loop.rounds}; give "
-                    "one for each round"
-                )
-        # What a custom loss reads is known when it is loaded, see online_po.plan.
-        needing = [loss.name for loss in self.loss if loss.needs_reference and loss.name != "custom"]
-        if needing and self.reference.kind == "none":
-            raise ValueError(
-                f"reference.kind is none, but loss.name: {needing[0]} needs a reference; use fixed, refresh, ema or kl"
-            )
-        if not any(loss.needs_reference for loss in self.loss) and self.reference.kind != "none":
-            raise ValueError(
-                f"reference.kind is {self.reference.kind}, but loss.name: {self.loss[0].name} has no use for a "
-                "reference; leave section reference out, or set reference.kind: none"
-            )
-
-    def _check_sampler_logps(self) -> None:
-        if self.reference.logps == "learner":
-            return
-        if self.reference.kind != "refresh" or self.reference.every != 1 or self.loop.max_staleness:
-            raise ValueError(
-                "reference.logps is sampler, but the reference is not the policy that samples; set reference.kind: "
-                "refresh with every: 1 and loop.max_staleness: 0, or reference.logps: learner"
-            )
-        if self.pairs.strategy == "spin" or self.pairs.replay_share or self.pairs.seed_path is not None:
-            what = "strategy: spin" if self.pairs.strategy == "spin" else "replay_share and pairs.seed_path"
-            raise ValueError(
-                f"reference.logps is sampler, but with pairs.{what} not all responses are the sampler's; use "
-                "reference.logps: learner"
-            )
-        parts = [loss.name for loss in self.loss if loss.name in ("ld_dpo", "kto", "custom")]
-        if parts:
-            raise ValueError(
-                f"reference.logps is sampler, but loss.name: {parts[0]} may read more of the reference than whole "
-                "responses' log-probabilities; use reference.logps: learner"
-            )
-
-    def _check_beta_control(self) -> None:
-        if self.beta_control is None:
-            return
-        if not any(loss.needs_reference and hasattr(loss, "beta") for loss in self.loss):
-            raise ValueError(f"beta_control is set, but loss.name: {self.loss[0].name} has no beta against a reference")
-        reference, staleness = self.reference, self.loop.max_staleness
-        if reference.kind == "none" or (reference.kind == "refresh" and reference.every <= 1 + staleness):
-            raise ValueError(
-                f"beta_control is set, but with reference.kind: {reference.kind} the KL to the reference is not "
-                "there, or starts from zero before it is measured; use reference.kind: fixed, or drop beta_control"
-            )
-        if reference.alpha == 1:
-            raise ValueError(
-                "beta_control is set, but with reference.alpha: 1 the KL to the reference starts from zero at every "
-                "change; use an alpha below 1, or reference.kind: fixed"
-            )
-        if reference.above is not None and reference.above <= self.beta_control.target_kl:
-            raise ValueError(
-                f"beta_control.target_kl is {self.beta_control.target_kl:g}, but the reference changes once the KL is "
-                f"above reference.above = {reference.above:g}: it is never held there, and beta would only fall; take "
-                "a target below"
-            )
 
     def _check_types(self) -> None:
         """Number types that would train nothing, or that attention does not compute in."""
@@ -262,6 +195,24 @@ class Config(Section):
                     raise ValueError(
                         f"{section}.{name} is {getattr(model, name)!r}, but has an effect only with {needs}; drop it"
                     )
+
+    def _unmet_by_guards(self) -> dict[str, str]:
+        """Of guards that could never see anything: what they would need."""
+        pairs, rounds = self.pairs, self.loop.rounds
+        kl = self.reference.kind != "none" or self.measures_kl_to_start
+        own = not (pairs.replay_share or pairs.seed_share or pairs.strategy == "spin") and self.example_kind == "pairs"
+        several = "loop.rounds above 1: it compares with round 1"
+        needs = {
+            "kl": (kl, "a reference, or learner.kl_to_start: true"),
+            "displacement": (own, "pairs of the round's own responses alone: no replay, seed pairs, spin or labels"),
+            "over_optimisation": (self.eval.every > 0, "eval.every above 0"),
+            "entropy": (rounds > 1, several),
+            "diversity": (rounds > 1, several),
+            "length": (rounds > 1, several),
+            "length_score": (self.loop.responses_per_prompt > 1, "loop.responses_per_prompt above 1"),
+            "flat": (rounds >= self.guards.flat.rounds, f"loop.rounds of {self.guards.flat.rounds} or more"),
+        }
+        return {name: what for name, (met, what) in needs.items() if not met}
 
     @property
     def example_kind(self) -> Literal["pairs", "labels"]:
@@ -320,11 +271,11 @@ class Config(Section):
             raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"config file {str(path)!r} is not UTF-8 text: {error}") from error
-        data = _load_yaml(text, f"config file {str(path)!r}")
+        data = load_yaml(text, f"config file {str(path)!r}")
         if not isinstance(data, dict):
             raise ConfigError(f"config file {str(path)!r} must hold sections such as run: and model:")
         for override in overrides:
-            _apply_override(data, override)
+            apply_override(data, override)
         return cls.parse(data)
 
     @classmethod
@@ -339,61 +290,12 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-class _RepeatedKeyError(yaml.YAMLError):
-    """A mapping with a key twice; YAML forbids it, PyYAML keeps the last one."""
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that stands in a mapping twice. Merge keys (`<<`) may: they are no keys of the mapping's own."""
-
-    def compose_mapping_node(self, anchor: dict[Any, Node]) -> MappingNode:
-        mapping = super().compose_mapping_node(anchor)
-        seen: dict[str, int] = {}
-        for key, _ in mapping.value:
-            if not isinstance(key, ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-                continue
-            line = key.start_mark.line + 1
-            if key.value in seen:
-                raise _RepeatedKeyError(
-                    f"line {line}: the key {key.value!r} stands there already, in line {seen[key.value]}; make one of "
-                    "the two"
-                )
-            seen[key.value] = line
-        return mapping
-
-
-def _load_yaml(text: str, where: str) -> Any:
-    """`where`: what the text is, for messages. Raises ConfigError."""
-    try:
-        return yaml.load(text, _UniqueKeyLoader)
-    except _RepeatedKeyError as error:
-        raise ConfigError(f"{where}, {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {error}") from error
-
-
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    *parents, last = key.strip().split(".")
-    node = data
-    for parent in parents:
-        child = node.get(parent)
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
-        node = child
-    node[last] = _load_yaml(value, f"override {override!r}: the value")
-
-
 def _explain(item: Any) -> str:
     """One pydantic error as one line: the field, the value, what to do."""
     location = [str(part) for part in item["loc"] if not str(part).startswith(("tuple[", "literal["))]
     if item["type"] == "union_tag_invalid":
         tag = item["ctx"]["tag"]
-        near = difflib.get_close_matches(tag, LOSS_BY_NAME, n=1, cutoff=0.5)
+        near = [*filter(None, [OTHER_NAMES.get(tag.lower())])] or difflib.get_close_matches(tag, LOSS_BY_NAME, 1, 0.5)
         hint = f"did you mean {near[0]!r}?" if near else "docs/losses.md has them all"
         return f"loss.name is {tag!r}, which is no loss; {hint}"
     known = _keys_at(location[:-1]) if item["type"] == "extra_forbidden" else []
@@ -406,6 +308,8 @@ def _explain(item: Any) -> str:
         return f"{where}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{where}: required, but not given"
+    if item["type"] == "model_type":
+        return f"{where} is {item['input']!r}, but it is a section; give keys below it, or leave it out"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return message if where == "" or where.split(".")[0] in message else f"{where}: {message}"

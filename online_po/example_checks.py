@@ -26,12 +26,20 @@ def check_examples(config: Config) -> None:
         _check_pairs(config)
     if config.generator.temperature == 0 and n > 1:
         raise ValueError(
-            "generator.temperature is 0: all responses to a prompt would be the same and nothing could be paired"
+            f"generator.temperature is 0: all {n} responses to a prompt would be the same; raise it"
+            + (", or set loop.responses_per_prompt: 1" if _one_response_will_do(config) else "")
         )
     if pairs.replay_share and config.loop.rounds == 1:
         raise ValueError(
             f"pairs.replay_share is {pairs.replay_share:g}, but loop.rounds is 1: there is no earlier round; drop it"
         )
+
+
+def _one_response_will_do(config: Config) -> bool:
+    """Whether a prompt with a single response can give an example."""
+    if config.example_kind == "labels":
+        return config.labels.rule == "threshold"
+    return config.pairs.strategy == "spin"
 
 
 def _check_labels(config: Config) -> None:
@@ -43,7 +51,7 @@ def _check_labels(config: Config) -> None:
                 f"pairs.{name} is {value!r}, but loss.name: {loss} trains on single labelled responses, not on pairs; "
                 "drop it (section labels says how they are labelled)"
             )
-    if n < 2 and config.labels.rule != "threshold":
+    if n < 2 and not _one_response_will_do(config):
         raise ValueError(
             f"loop.responses_per_prompt is {n}, but labels.rule: {config.labels.rule} compares the responses to a "
             "prompt; use 2 or more, or labels.rule: threshold"
@@ -58,7 +66,7 @@ def _check_pairs(config: Config) -> None:
                 f"labels.{name} is {getattr(config.labels, name)!r}, but loss.name: {config.loss[0].name} trains on "
                 "pairs; drop section labels"
             )
-    if n < 2 and pairs.strategy != "spin":
+    if n < 2 and not _one_response_will_do(config):
         raise ValueError(
             f"loop.responses_per_prompt is {n}, but loss.name: {config.loss[0].name} trains on pairs; use 2 or more"
         )
@@ -66,7 +74,7 @@ def _check_pairs(config: Config) -> None:
         raise ValueError(
             f"pairs.k is {pairs.k}: top_bottom_k needs 2 x k responses, but loop.responses_per_prompt is {n}"
         )
-    scored = next((loss for loss in config.loss if loss.needs_scores or loss.needs_probabilities), None)
+    scored = next((loss for loss in config.loss if loss.needs_scores), None)
     if pairs.strategy == "spin" and scored is not None:
         raise ValueError(
             f"loss.name: {scored.name} needs scores, which pairs of pairs.strategy: spin do not have; choose another "
@@ -82,9 +90,9 @@ def _check_pairs(config: Config) -> None:
 
 def _is_always_its_reference(config: Config) -> bool:
     """Whether every round is sampled by the very policy that is its reference."""
-    if config.reference.kind not in ("fixed", "refresh"):
+    every = config.loop.rounds if config.reference.kind == "fixed" else config.reference.refreshes_every
+    if every is None:
         return False
-    every = config.reference.every if config.reference.kind == "refresh" else config.loop.rounds
     before = range(config.loop.rounds)  # the round before each
     return all(max(0, done - config.loop.max_staleness) == done // every * every for done in before)
 

@@ -131,7 +131,8 @@ class _Builder:
         for group, judgement in judged:
             of_group = next(rewards) if rewards is not None and judgement.scores is not None else None
             seed = self._seed("pairs", group.prompt.id)
-            made, skip = pairs.build_pairs(group, judgement, self.config.pairs, seed, of_group)
+            scale = self.config.judge.bradley_terry_scale
+            made, skip = pairs.build_pairs(group, judgement, self.config.pairs, seed, of_group, scale)
             self._count(group, len(made), skip)
             for pair in made:
                 assert isinstance(pair.chosen, Response)

@@ -5,6 +5,7 @@ What each guard looks at is in `online_po.guards`; docs/guards.md is written fro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -149,9 +150,10 @@ class GuardsConfig(Section):
 
 
 def check_guards(
-    guards: GuardsConfig, *, keep_checkpoints: int | None, max_staleness: int, measures_kl: bool, evaluates: bool
+    guards: GuardsConfig, *, keep_checkpoints: int | None, max_staleness: int, unmet: Mapping[str, str]
 ) -> None:
-    """Raises ValueError for guards that could not do what they say, or that would have no effect."""
+    """Raises ValueError for guards that could not do what they say, or that would have no effect. `unmet`: by the names
+    of guards that could never fire, what they would need."""
     for name, guard in guards.each().items():
         bounds = guard.model_dump(exclude={"action"})
         defaults = type(guard).model_validate({}).model_dump(exclude={"action"})
@@ -160,11 +162,9 @@ def check_guards(
             raise ValueError(
                 f"guards.{name}.{changed} is {bounds[changed]!r}, but guards.{name}.action is off; drop one of the two"
             )
-        needs = {"kl": (measures_kl, "a reference, or learner.kl_to_start: true")}
-        needs["over_optimisation"] = (evaluates, "eval.every above 0")
-        met, what = needs.get(name, (True, ""))
-        if not met and (changed is not None or guard.action not in ("off", "warn")):
-            raise ValueError(f"guards.{name} is {guard.model_dump()}, but has an effect only with {what}; drop it")
+        if name in unmet and (changed is not None or guard.action not in ("off", "warn")):
+            what = f"guards.{name} is {guard.model_dump()}"
+            raise ValueError(f"{what}, but has an effect only with {unmet[name]}; drop it")
     rolling = guards.rolling_back
     default = type(guards).model_fields["max_roll_backs"].default
     if not rolling and guards.max_roll_backs != default:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from fractions import Fraction
 from typing import assert_never
 
-from online_po.pairs import Skip
-from online_po.sections import LabelsConfig
+from online_po.example_configs import LabelsConfig
+from online_po.pairs import ROUNDING, Skip
 from online_po.types import Group, Judgement, Label
 
 
@@ -21,7 +21,8 @@ def build_labels(group: Group, judgement: Judgement, config: LabelsConfig) -> tu
     """
     if judgement.scores is None:
         return [], "judge_failed"
-    desirable = _desirable(judgement.scores, config)
+    rounding = ROUNDING * max(map(abs, judgement.scores))
+    desirable = _desirable(judgement.scores, config, rounding)
     labels = [
         Label(prompt=group.prompt, response=response, desirable=good, score=score)
         for response, score, good in zip(group.responses, judgement.scores, desirable, strict=True)
@@ -29,25 +30,27 @@ def build_labels(group: Group, judgement: Judgement, config: LabelsConfig) -> tu
     ]
     if labels:
         return labels, None
-    return [], "tie" if len(set(judgement.scores)) == 1 else "no_contrast"
+    return [], "tie" if max(judgement.scores) - min(judgement.scores) <= rounding else "no_contrast"
 
 
-def _desirable(scores: tuple[float, ...], config: LabelsConfig) -> list[bool | None]:
-    """For each score whether it is desirable; None: left out."""
+def _desirable(scores: tuple[float, ...], config: LabelsConfig, rounding: float) -> list[bool | None]:
+    """For each score whether it is desirable; None: left out. `rounding`: scores no further apart are equal."""
     match config.rule:
         case "threshold":
             assert config.threshold is not None
             return [score >= config.threshold for score in scores]
         case "group_mean":
-            # Exactly: a rounded mean of equal scores may differ from every one of them.
-            mean = sum(map(Fraction, scores), Fraction()) / len(scores)
-            return [None if score == mean else score > mean for score in map(Fraction, scores)]
+            mean = math.fsum(scores) / len(scores)
+            # Of 0.1, 0.2 and 0.3 the second lies on the mean, though not in floats.
+            return [None if abs(score - mean) <= rounding else score > mean for score in scores]
         case "top_bottom":
             count = max(1, int(config.share * len(scores) + 1e-9))  # 0.29 x 100 is 29
             ranked = sorted(scores)
             # The worst score outside the bottom, the best one outside the top: nobody who ties with it is inside.
             above, below = ranked[count], ranked[-1 - count]
-            return [True if score > below else False if score < above else None for score in scores]
+            return [
+                True if score - below > rounding else False if above - score > rounding else None for score in scores
+            ]
         case _:
             assert_never(config.rule)
 

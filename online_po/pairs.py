@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
-from online_po.sections import PairsConfig
+from online_po.example_configs import PairsConfig
 from online_po.types import GivenResponse, Group, Judgement, Pair, Prompt, Response
 
 Skip = Literal[
@@ -26,18 +28,27 @@ text, so the same text in other tokens is the same response); their scores were 
 the given one (spin); the given one is too long for the context (spin); no response was labelled (see
 `online_po.labels`)."""
 
+ROUNDING = 1e-12
+"""Differences of scores count as equal that differ by less than this share of the larger score."""
+
 Scored = tuple[Response, float]
 Candidate = tuple[Scored, Scored]
 """Two responses that may become a pair, the higher score first (or an equal one)."""
 
 
 def build_pairs(
-    group: Group, judgement: Judgement, config: PairsConfig, seed: int, rewards: Sequence[float] | None = None
+    group: Group,
+    judgement: Judgement,
+    config: PairsConfig,
+    seed: int,
+    rewards: Sequence[float] | None = None,
+    scale: float | None = None,
 ) -> tuple[list[Pair], Skip | None]:
     """The pairs of one group, best margins first, or the reason why there are none.
 
     `seed` decides the draws of the random strategies; give each group its own. `rewards`: for hardest_reward, the
-    implicit reward of each response, in order of `Response.index` (`online_po.implicit_rewards`).
+    implicit reward of each response, in order of `Response.index` (`online_po.implicit_rewards`). `scale`:
+    judge.bradley_terry_scale, for the pairs' `preference_probability`.
     """
     if judgement.scores is None:
         return [], "judge_failed"
@@ -50,9 +61,22 @@ def build_pairs(
         if not candidates:
             return [], reason
     return [
-        Pair(prompt=group.prompt, chosen=a[0], rejected=b[0], chosen_score=a[1], rejected_score=b[1])
+        Pair(
+            prompt=group.prompt,
+            chosen=a[0],
+            rejected=b[0],
+            chosen_score=a[1],
+            rejected_score=b[1],
+            preference_probability=None if scale is None else preference_probability(a[1] - b[1], scale),
+        )
         for a, b in _select(candidates, config, random.Random(seed), rewards)
     ], None
+
+
+def preference_probability(margin: float, scale: float) -> float:
+    """sigmoid(margin / scale): how likely the response that is `margin` (>= 0) ahead wins, the scores being
+    Bradley-Terry rewards (Bradley & Terry 1952, "Rank analysis of incomplete block designs", Biometrika 39)."""
+    return 1 / (1 + math.exp(-margin / scale))
 
 
 def _candidates(ranked: list[Scored], config: PairsConfig) -> list[Candidate]:
@@ -72,8 +96,8 @@ def _conditions(config: PairsConfig) -> list[tuple[Skip, Callable[[Scored, Score
     ratio = config.max_length_ratio
     conditions: list[tuple[Skip, Callable[[Scored, Scored], bool]]] = [
         ("identical", lambda a, b: a[0].text != b[0].text),
-        ("tie", lambda a, b: a[1] > b[1]),
-        ("below_min_margin", lambda a, b: a[1] - b[1] >= config.min_margin),
+        ("tie", lambda a, b: _is_below(0, _margin((a, b)), (a, b))),
+        ("below_min_margin", lambda a, b: not _is_below(_margin((a, b)), config.min_margin, (a, b))),
     ]
     if ratio is not None:
         conditions.append(("length_ratio", lambda a, b: _alike_in_length(a[0], b[0], ratio)))
@@ -96,22 +120,30 @@ def _select(
         case "best_random" | "random":
             return [rng.choice(usable)]
         case "hardest":
-            smallest = min(map(_margin, usable))
-            # Grades leave many equal gaps; the first would always be the one between the best responses.
-            return [rng.choice([pair for pair in usable if _margin(pair) == smallest])]
+            return [_hardest(usable, rng)]
         case "hardest_reward":
             assert rewards is not None
-            gaps = {
-                (a[0].index, b[0].index): (abs(rewards[a[0].index] - rewards[b[0].index]), _margin((a, b)))
-                for a, b in usable
-            }
-            smallest_gap = min(gaps.values())
-            return [rng.choice([(a, b) for a, b in usable if gaps[a[0].index, b[0].index] == smallest_gap])]
+            gaps = [abs(rewards[a[0].index] - rewards[b[0].index]) for a, b in usable]
+            smallest = min(gaps)
+            return [_hardest([pair for pair, gap in zip(usable, gaps, strict=True) if gap == smallest], rng)]
     return sorted(usable, key=lambda pair: -_margin(pair))[: config.max_per_prompt]
+
+
+def _hardest(usable: list[Candidate], rng: random.Random) -> Candidate:
+    """One with the smallest score gap. Grades leave many equal gaps; the first would always be the one between the best
+    responses."""
+    smallest = min(map(_margin, usable))
+    return rng.choice([pair for pair in usable if not _is_below(smallest, _margin(pair), pair)])
 
 
 def _margin(pair: Candidate) -> float:
     return pair[0][1] - pair[1][1]
+
+
+def _is_below(gap: float, other: float, pair: Candidate) -> bool:
+    """Whether a gap of scores is below another by more than rounding: 0.9 - 0.8 is not below 0.1, nor is 0 below that
+    of 0.1 + 0.2 and 0.3."""
+    return gap < other - ROUNDING * max(abs(pair[0][1]), abs(pair[1][1]))
 
 
 def spin_pairs(
@@ -147,17 +179,11 @@ def _spin_pair(prompt: Prompt, given: GivenResponse, rejected: Response) -> Pair
 
 def flip(pair: Pair) -> Pair:
     """The pair as a judge that errs would have given it: the responses swap sides, and the two scores do not, so that
-    the chosen one still has the higher score and the margin stays above zero.
+    the chosen one still has the higher score, the margin stays above zero, and the probability of the preference above
+    1/2. (Were it turned around with the responses, soft SPPO, which is symmetric, would undo the flip.)
 
     For finding out how much label noise a loss stands (Chowdhury et al. 2024, arXiv 2403.00409, flip labels at a
     known rate); see `pairs.flip_rate`.
     """
     assert isinstance(pair.chosen, Response), "only responses that were scored are flipped"
-    return Pair(
-        prompt=pair.prompt,
-        chosen=pair.rejected,
-        rejected=pair.chosen,
-        chosen_score=pair.chosen_score,
-        rejected_score=pair.rejected_score,
-        flipped=not pair.flipped,
-    )
+    return replace(pair, chosen=pair.rejected, rejected=pair.chosen, flipped=not pair.flipped)

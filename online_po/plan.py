@@ -18,6 +18,7 @@ from online_po.errors import ConfigError, first_line
 from online_po.example_checks import check_prompt_columns
 from online_po.example_mix import wanted
 from online_po.given import ResponseEncoder
+from online_po.loss_checks import check_custom_losses, reads_scores
 from online_po.memory import memory
 from online_po.model_config import load_tokenizer, read_model_config
 from online_po.prompts import PromptSet, load_prompts
@@ -68,7 +69,7 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
 
     check_judge(config.judge)
     check_engine(config)
-    _check_custom_losses(config)
+    check_custom_losses(config)
     model_path = resolve_model(config)
     shape = read_shape(config, model_path)
     tokenizer = load_tokenizer(model_path, config.model.path)
@@ -115,25 +116,12 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
         encode=encode,
         shape=shape,
         figures=_figures(config, shape, need, train, heldout, seed_pairs),
-        warnings=[*_resource_warnings(config, need), *_setting_warnings(config, need)],
+        warnings=[
+            *_resource_warnings(config, need),
+            *_setting_warnings(config, need),
+            *_recipe_warnings(config, seed_pairs),
+        ],
     )
-
-
-def _check_custom_losses(config: Config) -> None:
-    """Loads the user's own losses and sees that what they read is there. Raises ConfigError."""
-    if not any(loss.name == "custom" for loss in config.loss):
-        return
-    from online_po.losses import tensor_names  # torch, which no other check needs
-
-    names = tensor_names(config.loss)
-    reads = any(name.startswith("reference_") for name in names)
-    if reads != (config.reference.kind != "none"):
-        say = "reads the reference's log-probabilities" if reads else "reads nothing of a reference"
-        do = "leave section reference out, or choose another kind" if reads else "set reference.kind: none"
-        raise ConfigError(f"reference.kind is {config.reference.kind}, but loss.function {say}; {do}")
-    for name in ("preference_probabilities", "log_ratio_mean", "margin_mean"):
-        if name in names and not any(loss.name != "custom" and name in tensor_names(loss) for loss in config.loss):
-            raise ConfigError(f"loss.function reads {name}, which a custom loss is not given; drop that parameter")
 
 
 def _given(
@@ -152,7 +140,7 @@ def _given(
     held_out = heldout.asked() if heldout is not None else set()
     seed_pairs = load_seed_pairs(config.pairs.seed_path, config.prompts, tokenizer, encode, held_out)
     for loss in config.loss:
-        if loss.needs_scores or loss.needs_probabilities:
+        if reads_scores(loss):
             require_scores(seed_pairs, config.pairs.seed_path, loss.name)
     return encode, seed_pairs
 
@@ -338,9 +326,9 @@ def _figures(
     responses = loop.prompts_per_round * n
     held = f"{len(heldout):,} held out" if heldout is not None else "none held out"
     epochs = loop.rounds * loop.prompts_per_round / len(train)
-    mix = ""
+    mix = f", {config.pairs.replay_share:.0%} of them of earlier rounds" if config.pairs.replay_share else ""
     if seed_pairs is not None:
-        mix = f", {config.pairs.seed_share:.0%} of them out of {seed_pairs.table.num_rows:,} seed pairs"
+        mix += f", {config.pairs.seed_share:.0%} of them out of {seed_pairs.table.num_rows:,} seed pairs"
     cache = ", and its KV cache"
     if config.generator.engine == "vllm":
         left = ", and the KV cache that generator.gpu_memory_utilization leaves"
@@ -412,4 +400,36 @@ def _setting_warnings(config: Config, need: Estimate) -> list[str]:
     if config.ray.address is None and value != default:
         machine = "no GPU" if on_cpu(config) else "GPUs"
         found.append(f"generator.{inert} is {value:g}, which has no effect on this machine: it has {machine}")
+    return found
+
+
+def _recipe_warnings(config: Config, seed_pairs: SeedPairs | None) -> list[str]:
+    """Shares, references and stops that a run of this size never gets to see."""
+    found = []
+    loop, pairs, reference, stop = config.loop, config.pairs, config.reference, config.eval.early_stop
+    own = loop.prompts_per_round * _per_prompt(config)
+    counts = dict(zip(("replay_share", "seed_share"), wanted(own, pairs.replay_share, pairs.seed_share), strict=True))
+    for name, count in counts.items():
+        if getattr(pairs, name) and count == 0:
+            found.append(
+                f"pairs.{name} is {getattr(pairs, name):g}, which of {own} {config.example_kind} a round is less than "
+                "one, so none is mixed in; raise it, or loop.prompts_per_round"
+            )
+    if seed_pairs is not None and counts["seed_share"] > seed_pairs.table.num_rows:
+        found.append(
+            f"pairs.seed_share is {pairs.seed_share:g}, up to {counts['seed_share']} pairs a round, but "
+            f"pairs.seed_path has {seed_pairs.table.num_rows}, and none comes twice in a round: the share may be "
+            "smaller; lower it, or give more pairs"
+        )
+    if reference.every == loop.rounds and reference.kind in ("refresh", "ema", "kl"):
+        found.append(
+            f"reference.kind is {reference.kind}, but with loop.rounds = {loop.rounds} the reference does not change "
+            "before the run is over; raise loop.rounds, or lower reference.every"
+        )
+    if stop is not None and stop.patience >= math.ceil(loop.rounds / config.eval.every):
+        found.append(
+            f"eval.early_stop.patience is {stop.patience}, but with loop.rounds = {loop.rounds} and eval.every = "
+            f"{config.eval.every} that many evaluations without a gain are there at the run's end at the earliest; "
+            "lower it, or raise loop.rounds"
+        )
     return found

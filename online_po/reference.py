@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from online_po.parts import Parts
-from online_po.sections import ReferenceConfig
+from online_po.reference_configs import ReferenceConfig
 from online_po.types import Reference
 
 

@@ -176,6 +176,14 @@ class JudgeConfig(Section):
         description="For python: called with (prompt, response, metadata) and giving one score, or called with "
         "(prompt, responses, metadata) and giving one score per response.",
     )
+    bradley_terry_scale: float | None = Field(
+        None,
+        gt=0,
+        description="The judge's scores are Bradley-Terry rewards (Bradley & Terry 1952): chosen beats rejected with "
+        "probability sigmoid(score gap / scale). 1 for a reward model trained on pairs. Written to pairs.parquet as "
+        "`preference_probability`, and read by loss sppo with probability: soft. null: the judge gives no "
+        "probabilities.",
+    )
     workers: int = Field(1, ge=1, description="Judge processes.")
     concurrency: int = Field(8, ge=1, description="Calls in flight in one judge process.")
     timeout_s: float = Field(60.0, gt=0, description="Seconds after which one call counts as failed.")
@@ -193,188 +201,6 @@ class JudgeConfig(Section):
             raise ValueError(f"judge.function is {self.function!r}; write it as `module:function`")
         if self.kind != "python" and self.scope != "response":
             raise ValueError(f"judge.scope is for judge.kind: python, not {self.kind}")
-        return self
-
-
-PairStrategy = Literal[
-    "best_worst", "best_random", "random", "top_bottom_k", "all", "hardest", "hardest_reward", "spin"
-]
-
-
-class PairsConfig(Section):
-    """How judged groups become preference pairs, and which others are mixed in. Ties and identical responses are
-    never paired. Losses of single labelled responses take section `labels` instead; of this one they take `replay_*`,
-    `balance_*` and `flip_rate`. See [docs/pairing.md](docs/pairing.md)."""
-
-    strategy: PairStrategy = Field(
-        "best_worst",
-        description="best_worst: one pair. best_random: best against a random worse one. random: a random pair. "
-        "top_bottom_k: the i-th best against the i-th worst, i < k. all: every pair. hardest: the smallest score gap. "
-        "hardest_reward: the smallest gap of implicit rewards under the policy that sampled. spin: the text in "
-        "`chosen_column` against an own response, no scores.",
-    )
-    k: int = Field(2, ge=1, description="For top_bottom_k.")
-    max_per_prompt: int | None = Field(
-        None,
-        ge=1,
-        description="For all and top_bottom_k: at most so many pairs of a prompt, largest margins first (null: all). "
-        "For spin: so many own responses against the given one (null: one).",
-    )
-    min_margin: float = Field(0.0, ge=0, description="Score gap a pair must reach; a gap of 0 is a tie and never one.")
-    max_length_ratio: float | None = Field(
-        None,
-        ge=1,
-        description="The longer response has at most so many times the shorter one's tokens. null: no bound.",
-    )
-    chosen_column: str | None = Field(
-        None, min_length=1, description="For spin: column of the prompt file with the response to be chosen, as text."
-    )
-    replay_share: float = Field(
-        0.0, ge=0, lt=1, description="Share of a round's training pairs that earlier rounds made, drawn by seed."
-    )
-    replay_rounds: int | None = Field(
-        None, ge=1, description="For replay_share: how many rounds back pairs are drawn from. null: all."
-    )
-    seed_path: LocalPath | None = Field(
-        None,
-        description="Preference file (.jsonl or .parquet) with prompt, chosen and rejected, each text or messages, "
-        "and perhaps chosen_score and rejected_score.",
-    )
-    seed_share: float = Field(
-        0.0, ge=0, lt=1, description="For seed_path: share of a round's training pairs that come from that file."
-    )
-    balance_column: str | None = Field(
-        None, min_length=1, description="Column of the prompt file (a domain, say) over which a round is balanced."
-    )
-    balance_ratio: float = Field(
-        1.0,
-        ge=1,
-        description="For balance_column: the largest domain keeps at most so many times the pairs of the smallest.",
-    )
-    flip_rate: float = Field(
-        0.0, ge=0, lt=0.5, description="An experiment: share of fresh pairs that are turned around, by seed."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> PairsConfig:
-        if self.max_per_prompt and self.strategy not in ("all", "top_bottom_k", "spin"):
-            raise ValueError(
-                f"pairs.max_per_prompt is for pairs.strategy: all, top_bottom_k and spin, not {self.strategy}"
-            )
-        if self.strategy == "spin" and self.chosen_column is None:
-            raise ValueError("pairs.strategy is spin, so pairs.chosen_column must name the column with the responses")
-        if self.strategy != "spin" and self.chosen_column is not None:
-            raise ValueError(f"pairs.chosen_column is for pairs.strategy: spin, not {self.strategy}")
-        for name in ("min_margin", "flip_rate"):
-            if self.strategy == "spin" and getattr(self, name):
-                raise ValueError(f"pairs.{name} has no effect with pairs.strategy: spin, which has no scores; drop it")
-        if (self.seed_path is None) != (self.seed_share == 0):
-            raise ValueError("give both pairs.seed_path and a pairs.seed_share above 0, or neither")
-        if self.replay_share + self.seed_share >= 1:
-            raise ValueError(
-                f"pairs.replay_share is {self.replay_share:g} and pairs.seed_share is {self.seed_share:g}: nothing is "
-                "left for fresh pairs; their sum must be below 1"
-            )
-        for name, needs in (("replay_rounds", "replay_share"), ("balance_ratio", "balance_column")):
-            value = getattr(self, name)
-            if value != type(self).model_fields[name].default and not getattr(self, needs):
-                raise ValueError(f"pairs.{name} is {value:g}, but has an effect only with pairs.{needs}; drop it")
-        return self
-
-
-class LabelsConfig(Section):
-    """How judged responses become desirable or undesirable ones, for losses of single responses (kto, bco,
-    apo_zero_unpaired)."""
-
-    rule: Literal["threshold", "group_mean", "top_bottom"] = Field(
-        "group_mean",
-        description="threshold: desirable from `threshold` on, undesirable below. group_mean: above the mean of its "
-        "prompt's responses, or below it. top_bottom: of the best `share` of them, or of the worst. What lies on the "
-        "mean, or ties across the bound of a share, is left out.",
-    )
-    threshold: float | None = Field(None, description="For threshold: a score.")
-    share: float = Field(
-        0.25, gt=0, le=0.5, description="For top_bottom: share of a prompt's responses, rounded down, at least one."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> LabelsConfig:
-        if self.rule == "threshold" and self.threshold is None:
-            raise ValueError("labels.rule is threshold, so labels.threshold must be given")
-        if self.rule != "threshold" and self.threshold is not None:
-            raise ValueError(f"labels.threshold is for labels.rule: threshold, not {self.rule}")
-        return self
-
-
-class ReferenceConfig(Section):
-    """The frozen anchor of the loss, see [docs/reference.md](docs/reference.md)."""
-
-    kind: Literal["fixed", "refresh", "ema", "kl", "none"] = Field(
-        "fixed",
-        description="fixed: always the starting model. refresh: takes the policy every `every` rounds. ema: moves "
-        "towards the policy every `every` rounds, by `alpha`. kl: takes the policy when the KL to the reference was "
-        "over `above`. none: for losses without a reference, and the default there: no log-probabilities computed, no "
-        "weights loaded for it.",
-    )
-    every: int = Field(1, ge=1, description="For refresh and ema: rounds between two changes.")
-    alpha: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="For ema: the policy's share; reference <- alpha x policy + (1 - alpha) x reference (TR-DPO's "
-        "soft update). 1 is refresh.",
-    )
-    above: float | None = Field(
-        None,
-        gt=0,
-        description="For kl: nats a response. Measured on the responses sampled for a round (`kl_reference` of the "
-        "round's metrics); over it, the policy that the round ends with is the next round's reference.",
-    )
-    logps: Literal["learner", "sampler"] = Field(
-        "learner",
-        description="Who says the reference's log-probabilities. sampler: the engine that sampled, where the reference "
-        "is the sampling policy (refreshed every round); saves a forward pass over the round.",
-    )
-    max_mismatch: float = Field(
-        0.01,
-        gt=0,
-        description="For logps: sampler. Past this difference to the learner's, in nats a token, the learner is asked.",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> ReferenceConfig:
-        if self.logps != "sampler" and self.max_mismatch != type(self).model_fields["max_mismatch"].default:
-            raise ValueError(f"reference.max_mismatch is for reference.logps: sampler, not {self.logps}")
-        for name, kinds in (("every", ("refresh", "ema")), ("alpha", ("ema",)), ("above", ("kl",))):
-            value = getattr(self, name)
-            if self.kind not in kinds and value != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"reference.{name} is {value:g}, but it is for reference.kind: {' and '.join(kinds)}, not "
-                    f"{self.kind}; drop it"
-                )
-        if self.kind == "ema" and self.alpha is None:
-            raise ValueError("reference.kind is ema, so reference.alpha must be given: the policy's share, say 0.5")
-        if self.kind == "kl" and self.above is None:
-            raise ValueError("reference.kind is kl, so reference.above must be given, in nats a response, say 10")
-        return self
-
-
-class BetaControlConfig(Section):
-    """A controller that holds the KL to the reference at a target by scaling beta (Ziegler et al. 2019)."""
-
-    target_kl: float = Field(gt=0, description="KL to the reference to hold, in nats a response (`kl_reference`).")
-    gain: float = Field(1.0, gt=0, le=5, description="Relative change of beta per unit of the KL's relative error.")
-    max_error: float = Field(0.2, gt=0, lt=1, description="The relative error is clipped to this, either way.")
-    min_scale: float = Field(0.01, gt=0, le=1, description="Beta is never scaled below this.")
-    max_scale: float = Field(100.0, ge=1, description="Beta is never scaled above this.")
-
-    @model_validator(mode="after")
-    def _check(self) -> BetaControlConfig:
-        if self.gain * self.max_error >= 1:
-            raise ValueError(
-                f"beta_control.gain x beta_control.max_error is {self.gain * self.max_error:g}; keep it below 1, or "
-                "one round could take beta to zero"
-            )
         return self
 
 

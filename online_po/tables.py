@@ -81,6 +81,7 @@ PAIR_SCHEMA = pa.schema(
         ("chosen_score", pa.float64()),
         ("rejected_score", pa.float64()),
         ("margin", pa.float64()),
+        ("preference_probability", pa.float64()),  # null without judge.bradley_terry_scale, in spin and seed pairs
         ("prompt_token_ids", pa.list_(pa.int32())),
         ("chosen_token_ids", pa.list_(pa.int32())),
         ("rejected_token_ids", pa.list_(pa.int32())),
@@ -249,6 +250,7 @@ def pairs_to_table(pairs: Iterable[tuple[Pair, Judgement]], round_: int) -> pa.T
                 pair.chosen_score,
                 pair.rejected_score,
                 pair.margin,
+                pair.preference_probability,
                 pair.prompt.token_ids,
                 pair.chosen.token_ids,
                 pair.rejected.token_ids,

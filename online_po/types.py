@@ -105,6 +105,8 @@ class Pair:
     chosen_score: float | None
     """None where nobody scored the two against each other (`pairs.strategy: spin`); then both are."""
     rejected_score: float | None
+    preference_probability: float | None = None
+    """The judge's probability that chosen beats rejected; None without `judge.bradley_terry_scale`."""
     flipped: bool = False
     """Whether `pairs.flip_rate` made the worse response the chosen one; the scores stand as an erring judge's would."""
 

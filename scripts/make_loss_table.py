@@ -35,7 +35,7 @@ NOTES = """## Choices
 - `ipo` averages log-ratios over tokens, as the paper's authors say they do; `average_logps: false` is eq. 17 as it is
   written. The two need different betas.
 - `sppo` sums over the two responses of a pair. `probability: soft` takes the judge's probability that chosen beats
-  rejected, where the paper takes that of beating the policy's average response.
+  rejected (`judge.bradley_terry_scale`), where the paper takes that of beating the policy's average response.
 - `bco_pair`, `bco` and `beta_dpo` shift by running means over optimizer steps, which go on from round to round until
   the reference is another one; where none is given, by the mean over what is handed in.
 - `kto` estimates its KL over a step, from each prompt with a response to the next prompt of the round.

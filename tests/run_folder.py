@@ -11,9 +11,9 @@ from typing import Any
 from online_po import files
 from online_po.config import Config
 from online_po.evaluation import summarise
+from online_po.example_configs import PairsConfig
 from online_po.metrics import SampleStats, round_means
 from online_po.pairs import build_pairs
-from online_po.sections import PairsConfig
 from online_po.tables import PAIR_SCHEMA, evaluation_to_table, pairs_to_table
 from online_po.types import Group, JudgeFailure, Judgement, Prompt, Response
 

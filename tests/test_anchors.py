@@ -98,7 +98,13 @@ def test_a_resumed_round_keeps_what_was_decided(tmp_path):
         ({"reference": SAMPLER | {"every": 2}}, "reference is not the policy that samples"),
         ({"reference": SAMPLER, "loop__max_staleness": 1}, "reference is not the policy that samples"),
         ({"reference": SAMPLER, "loss": {"name": "ld_dpo"}}, "ld_dpo may read more of the reference"),
-        ({"reference": {"kind": "refresh", "max_mismatch": 0.1}}, "max_mismatch is for reference.logps: sampler"),
+        (
+            {"reference": {"kind": "refresh", "max_mismatch": 0.1}},
+            "reference.max_mismatch is 0.1, but it is for reference.logps: sampler, not learner; drop it",
+        ),
+        ({"reference": SAMPLER, "pairs__replay_share": 0.5}, "with pairs.replay_share not all responses are"),
+        ({"reference": SAMPLER, "pairs": {"seed_path": "s", "seed_share": 0.5}}, "with pairs.seed_share not all"),
+        ({"reference": SAMPLER, "pairs": {"strategy": "spin", "chosen_column": "c"}}, "with pairs.strategy: spin not"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, change, message):

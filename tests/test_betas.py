@@ -9,7 +9,7 @@ from online_po.errors import ConfigError
 from online_po.ledger import Ledger
 from online_po.loop import run_rounds
 from online_po.loss_configs import LOSS_BY_NAME
-from online_po.sections import BetaControlConfig
+from online_po.reference_configs import BetaControlConfig
 from online_po.types import Reference
 from tests.fakes import make_config
 from tests.test_loop import make_parts
@@ -48,11 +48,12 @@ def test_the_controller_raises_beta_where_the_policy_is_too_far_and_the_error_is
             {"beta_control": {"target_kl": 1}, "reference": {"kind": "refresh", "every": 2}, "loop__max_staleness": 1},
             "zero before it is measured",
         ),
+        ({"beta_control": {"target_kl": 1}, "reference": {"kind": "ema", "alpha": 1}}, "zero before it is measured"),
+        ({"beta_control": {"target_kl": 1}, "loop__rounds": 1}, "beta_control is set, but loop.rounds is 1"),
         (
-            {"beta_control": {"target_kl": 1}, "reference": {"kind": "ema", "alpha": 1.0, "every": 2}},
-            "zero at every change",
+            {"beta_control": {"target_kl": 5}, "reference": {"kind": "kl", "above": 5}},
+            "beta_control.target_kl is 5, but at reference.above = 5 the reference takes the policy's place",
         ),
-        ({"beta_control": {"target_kl": 5}, "reference": {"kind": "kl", "above": 5}}, "take a target below"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, change, message):

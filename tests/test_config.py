@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from online_po.config import Config, _load_yaml
+from online_po.config import Config
 from online_po.errors import ConfigError
 from online_po.ledger import Ledger
 from online_po.types import Probe, Reference
+from online_po.yaml_text import load_yaml
 
 BASE = {
     "run": {"name": "x"},
@@ -43,6 +45,9 @@ def write(tmp_path: Path, data: object = BASE) -> Path:
         ("loop.max_staleness=3", "loop.max_staleness is 3 but loop.rounds is 3"),
         ("judge.kind=python", "judge.function must be given"),
         ("judge.function=a:b", "judge.function is for judge.kind: python"),
+        ("eval.temperature=0 eval.responses_per_prompt=2", "eval.responses_per_prompt is 2, but at temperature 0"),
+        ("judge=rules", "judge is 'rules', but it is a section; give keys below it"),
+        ("reference=null", "reference is None, but it is a section; .* or leave it out"),
         ("eval.every=0", "eval.every is 0 but held-out prompts are given"),
         ("prompts.heldout_size=0", "no held-out prompts"),
         ("prompts.dataset=d", "exactly one of prompts.path and prompts.dataset"),
@@ -135,38 +140,16 @@ def test_file_faults(tmp_path):
         Config.from_yaml(bad)
 
 
-def test_a_key_twice_is_refused(tmp_path):
-    path, text = tmp_path / "c.yaml", yaml.safe_dump(BASE)
-    lines = text.count("\n")
-    path.write_text(text + "learner:\n  epochs: 2\nlearner:\n  ranks: 1\n")
-    with pytest.raises(ConfigError, match=rf"c.yaml', line {lines + 3}: the key 'learner' .* line {lines + 1};"):
-        Config.from_yaml(path)
-    path.write_text(text + "learner:\n  epochs: 2\n  ranks: 1\n  'epochs': 3\n")
-    with pytest.raises(ConfigError, match=rf"c.yaml', line {lines + 4}: the key 'epochs' .* line {lines + 2};"):
-        Config.from_yaml(path)
-    with pytest.raises(ConfigError, match="override .*: the value, line 1: the key 'rank'"):
-        Config.from_yaml(write(tmp_path), ["learner.lora={rank: 3, rank: 4}"])
-
-
-def test_anchors_and_merge_keys_go_on_working(tmp_path):
-    path = tmp_path / "c.yaml"
-    path.write_text(
-        yaml.safe_dump({key: BASE[key] for key in ("model", "prompts")})
-        + "run: &a {name: x, seed: 1}\n"
-        + "generator: &b {temperature: 0.5, top_p: 0.9}\n"
-        + "learner:\n  lora: &c {rank: 4, alpha: 8}\n"
-        + "eval:\n  temperature: 0.2\n"
-    )
-    assert Config.from_yaml(path).run.seed == 1
-    # Merged over and over: a mapping that was merged into is merged from.
-    text = "a: &a {x: 1, y: 1}\nb: &b {<<: *a, y: 2}\nc: {<<: *b, x: 3}\nd: {<<: *b}\ne: {<<: *a, <<: *b}\nf: *b\n"
-    found = _load_yaml(text, "text")
-    assert found["b"] == {"x": 1, "y": 2} and found["c"] == {"x": 3, "y": 2} and found["d"] == found["f"] == found["b"]
-    assert found == yaml.safe_load(text)
+def test_the_example_in_the_page_on_guards_is_a_config(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "guards.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    data = BASE | {"run": {"name": "x", "keep_checkpoints": 4}} | load_yaml(example, "example")
+    assert Config.parse(data).guards.flat.action == "off"
 
 
 def test_yaml_round_trip(tmp_path):
-    config = Config.from_yaml(write(tmp_path), ["learner.lora.rank=8", "generator.stop=[x]"])
+    changes = ["learner.lora.rank=8", "generator.stop=[x, off]", "guards.kl.action=off", "learner.eps=1e-7"]
+    config = Config.from_yaml(write(tmp_path), changes)
     path = tmp_path / "again.yaml"
     path.write_text(config.to_yaml())
     assert Config.from_yaml(path) == config
@@ -262,12 +245,13 @@ def test_losses_without_a_reference_have_none():
             r"^loss mixes kto .unpaired. and sft .paired.",
         ),
         ({"beta": "much"}, r"^loss.beta.*number .*got 'much'"),
-        ({"name": "sppo", "probability": "soft"}, r"^loss.probability is soft, but the judge gives no"),
+        ({"name": "dpo"}, r"^loss.name is 'dpo', which is no loss; did you mean 'sigmoid'\?$"),
+        ({"name": "Robust"}, r"did you mean 'rdpo'\?$"),
         ([], r"^loss is an empty list"),
-        ("sigmoid", r"^loss: input should be a valid tuple"),
-        (None, r"^loss: input should be a valid tuple"),
+        ("sigmoid", r"^loss is 'sigmoid'; write one as {name: sigmoid, beta: 0.1}"),
+        (None, r"^loss is None; write one as"),
         ({"name": ["sigmoid"]}, r"^loss"),
-        ([{"name": "sigmoid"}, "sft"], r"^loss"),
+        ([{"name": "sigmoid"}, "sft"], r"^loss is \[.*'sft'\]; write one as"),
     ],
 )
 def test_losses_that_cannot_be(loss, words):

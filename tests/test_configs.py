@@ -32,7 +32,8 @@ def test_it_parses_and_says_what_it_needs(path):
 def test_there_is_one_for_every_regime_and_part():
     configs = {path.name: Config.from_yaml(path) for path in CONFIGS}
     names = "quickstart iterative semi_online online asynchronous lora full two_ranks two_replicas transformers_engine"
-    assert set(configs) == {f"{name}.yaml" for name in names.split()} | NEED_MORE
+    recipes = "iterative_rpo kto tr_dpo"
+    assert set(configs) == {f"{name}.yaml" for name in [*names.split(), *recipes.split()]} | NEED_MORE
     batch = configs["online.yaml"].learner.global_batch_size
     assert configs["online.yaml"].loop.prompts_per_round == batch
     assert configs["asynchronous.yaml"].loop.max_staleness == 1
@@ -82,5 +83,5 @@ def test_it_runs_for_two_rounds(path, tmp_path, tiny_model, prompts):
     assert ledger.last_committed() == 2
     assert all(ledger.evaluation_summary(version) is not None for version in range(3))
     rows = [json.loads(line) for line in (ledger.round_dir(2) / "metrics.jsonl").open()]
-    assert rows[-1]["pairs"] > 0
+    assert rows[-1]["labels" if path.name == "kto.yaml" else "pairs"] > 0
     assert rows[-1]["policy_version_sampled"] == 1 - Config.from_yaml(path).loop.max_staleness

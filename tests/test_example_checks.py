@@ -37,7 +37,11 @@ SPIN = {"pairs__strategy": "spin", "pairs__chosen_column": "gold"}
         ({"pairs": {"strategy": "hardest", "max_per_prompt": 2}}, "pairs.max_per_prompt is for"),
         ({"labels": {"rule": "top_bottom"}}, "labels.rule is 'top_bottom', but loss.name: sigmoid trains on pairs"),
         ({"loss": [{"name": "sigmoid"}, {"name": "kto"}]}, r"loss mixes sigmoid \(paired\) and kto \(unpaired\)"),
-        ({"generator__temperature": 0, **SPIN}, "generator.temperature is 0"),
+        (
+            {"generator__temperature": 0, **SPIN},
+            "generator.temperature is 0: all 3 .* or set loop.responses_per_prompt: 1",
+        ),
+        ({"generator__temperature": 0}, "generator.temperature is 0: all 3 responses .* would be the same; raise it$"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, settings, message):
@@ -79,11 +83,13 @@ def test_reward_gaps_that_are_always_zero_are_refused(tmp_path):
         return make_config(tmp_path, pairs__strategy="hardest_reward", **settings)
 
     refresh = {"kind": "refresh", "every": 1}
-    for settings in ({"reference": refresh}, {"loop__rounds": 1}):
+    for settings in ({"reference": refresh}, {"loop__rounds": 1}, {"reference": {"kind": "ema", "alpha": 1}}):
         with pytest.raises(ConfigError, match="pairs.strategy is hardest_reward, but in every round"):
             parse(**settings)
     parse()
     parse(reference={"kind": "refresh", "every": 2})
+    parse(reference={"kind": "ema", "alpha": 0.9})
+    parse(reference={"kind": "kl", "above": 1})
     parse(reference=refresh, loop__max_staleness=1)
     parse(loss=REFERENCE_FREE)
     parse(loss=REFERENCE_FREE, loop__rounds=1)

@@ -203,7 +203,7 @@ def test_balance_holds_domains_to_the_ratio(tmp_path):
 
 def test_flips_swap_sides_at_the_given_rate_and_nothing_else(tmp_path):
     loop = {"rounds": 1, "prompts_per_round": 20, "responses_per_prompt": 5}
-    common = {**PLAIN, "loop": loop}
+    common = {**PLAIN, "loop": loop, "judge": {"bradley_terry_scale": 0.5}}
     straight = make_parts(make_config(tmp_path / "a", **common, pairs={"strategy": "all"}))
     flipping = make_parts(make_config(tmp_path / "b", **common, pairs={"strategy": "all", "flip_rate": 0.3}))
     run_rounds(straight)
@@ -218,6 +218,8 @@ def test_flips_swap_sides_at_the_given_rate_and_nothing_else(tmp_path):
                 plain[f"chosen{name}"], plain[f"rejected{name}"] = plain[f"rejected{name}"], plain[f"chosen{name}"]
         assert row == plain | {"flipped": row["flipped"]}
         assert row["margin"] > 0
+        # As sure as before: turned around with the responses, it would undo the flip for a loss that reads it.
+        assert row["preference_probability"] == pytest.approx(1 / (1 + np.exp(-row["margin"] / 0.5)))
 
 
 def sampler_logp(token_ids):

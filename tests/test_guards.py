@@ -232,6 +232,25 @@ def config(*overrides: str, **sections: Any) -> Config:
             },
             "guards.over_optimisation .* only with eval.every above 0",
         ),
+        *(
+            ({"guards": {"displacement": {"action": "stop"}}, **sections}, "guards.displacement .* own responses alone")
+            for sections in (
+                {"pairs": {"replay_share": 0.5}},
+                {"pairs": {"seed_path": "s", "seed_share": 0.5}},
+                {"pairs": {"strategy": "spin", "chosen_column": "c"}},
+                {"loss": {"name": "kto"}},
+            )
+        ),
+        (
+            {
+                "guards": {"length_score": {"max_correlation": 0.3}},
+                "loop": {"responses_per_prompt": 1},
+                "pairs": {"strategy": "spin", "chosen_column": "c"},
+            },
+            "guards.length_score .* only with loop.responses_per_prompt above 1",
+        ),
+        ({"guards": {"entropy": {"action": "stop"}}, "loop": {"rounds": 1}}, "guards.entropy .* loop.rounds above 1"),
+        ({"guards": {"flat": {"rounds": 4}}}, "guards.flat .* only with loop.rounds of 4 or more"),
         (
             {"eval": {"every": 0, "early_stop": {}}, "prompts": {"path": "p"}},
             "eval.early_stop is .* has an effect only with eval.every above 0",
@@ -250,6 +269,8 @@ def test_settings_that_cannot_work_are_refused_by_name(sections, message):
         {"guards": {"kl": {"action": "roll_back"}}, "run": {"name": "x", "keep_checkpoints": None}},
         {"guards": {"kl": {"action": "roll_back"}, "max_roll_backs": 0}},
         {"guards": {"kl": {"action": "off"}}, "loss": {"name": "simpo"}},
+        {"guards": {"displacement": {"action": "off"}, "flat": {"rounds": 3}}, "loss": {"name": "kto"}},
+        {"loop": {"rounds": 1}, "pairs": {"seed_path": "s", "seed_share": 0.5}},
         {
             "guards": {"kl": {"action": "stop"}},
             "loss": {"name": "simpo"},

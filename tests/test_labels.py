@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from online_po.example_configs import LabelsConfig
 from online_po.labels import build_labels, flip
-from online_po.sections import LabelsConfig
 from online_po.types import JudgeFailure, Judgement
 from tests.test_pairs import group
 
@@ -32,6 +32,12 @@ def test_group_mean_leaves_out_what_lies_on_it():
     # In floats the mean of three 0.1 is none of them, and would label all of them undesirable.
     assert sum((0.1,) * 3) / 3 > 0.1
     assert labels((0.1, 0.1, 0.1), rule="group_mean") == "tie"
+    # 0.2 lies on the mean as it is meant, in floats a little below or above it.
+    assert labels((0.1, 0.2, 0.3), rule="group_mean") == {0: False, 2: True}
+    assert labels((-0.3, 0.0, 0.1, 0.2), rule="group_mean") == {0: False, 2: True, 3: True}
+    assert labels((0.0, 1e-9), rule="group_mean") == {0: False, 1: True}
+    assert labels((0.1 + 0.2, 0.3), rule="group_mean") == labels((0.1 + 0.2, 0.3), rule="top_bottom") == "tie"
+    assert labels((0.1 + 0.2, 0.3, 0.1), rule="top_bottom") == {2: False}
 
 
 def test_top_bottom_takes_whole_shares_and_no_tie_across_their_bounds():

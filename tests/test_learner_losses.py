@@ -91,6 +91,9 @@ def plain_pair_losses(lm: Any, pairs: pa.Table, reference: dict[str, np.ndarray]
                 f"{side}_scores": torch.tensor(row[f"{side}_score"], dtype=torch.float32),
             }.items():
                 values.setdefault(name, []).append(value)
+        if row["preference_probability"] is not None:
+            probability = torch.tensor(row["preference_probability"], dtype=torch.float32)
+            values.setdefault("preference_probabilities", []).append(probability)
     tensors = {name: torch.stack(items) for name, items in values.items()}
     tensors |= {f"reference_{side}_logps": torch.tensor(logps) for side, logps in reference.items()}
     return pair_losses(losses, LossInputs(**tensors)).mean()
@@ -154,6 +157,27 @@ def test_a_step_is_the_formula_on_the_whole_batch(model: Path, name: str) -> Non
 def test_so_is_a_mixture(model: Path, names: tuple[str, ...]) -> None:
     losses = tuple(LOSS_BY_NAME[name](weight=0.3 + i) for i, name in enumerate(names))  # type: ignore[call-arg]
     assert_the_step_is_the_formulas(model, make_examples(names[0]), losses)
+
+
+def with_probabilities(pairs: pa.Table, values: np.ndarray) -> pa.Table:
+    place = pairs.column_names.index("preference_probability")
+    return pairs.set_column(place, "preference_probability", pa.array(values, pa.float64()))
+
+
+def test_soft_sppo_reads_the_probability_of_each_pair(model: Path) -> None:
+    values = np.random.default_rng(3).uniform(0.5, 1, 11)
+    soft = losses_of("sppo", probability="soft", beta=0.2)
+    assert_the_step_is_the_formulas(model, with_probabilities(make_pairs(11), values), soft)
+
+
+def test_soft_sppo_with_certainty_is_hard_sppo(model: Path) -> None:
+    found = []
+    for probability, value in (("soft", 1.0), ("hard", None), ("hard", 0.6), ("soft", 0.6)):
+        learner = learn(model, losses_of("sppo", probability=probability, beta=0.2))
+        pairs = with_probabilities(make_pairs(11), np.full(11, np.nan if value is None else value))
+        (step,) = learner.update(1, pairs, noisy_reference(learner, pairs, model), None)
+        found.append((step["loss"], step["grad_norm"], learner.token_logps([5, 6, 7, 8])))
+    assert found[0] == found[1] == found[2] != found[3]
 
 
 # -- training --------------------------------------------------------------------------------------------

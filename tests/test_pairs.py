@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from online_po.example_configs import PairsConfig
 from online_po.pairs import build_pairs, flip, spin_pairs
-from online_po.sections import PairsConfig
 from online_po.types import GivenResponse, Group, JudgeFailure, Judgement, Prompt, Response
 
 PROMPT = Prompt(id="p", messages=({"role": "user", "content": "q"},), text="q", token_ids=(1,), metadata={})
@@ -97,6 +98,31 @@ def test_hardest_reward_is_the_smallest_reward_gap_whichever_side_is_ahead():
     assert indices((1.0, 1.0, 0.0), strategy="hardest_reward", rewards=[0.0, 0.0, 9.0], seed=3)[0][1] == 2
 
 
+def test_rounding_decides_nothing():
+    assert 0.9 - 0.8 < 0.1 and 1 - 2 / 3 > 2 / 3 - 1 / 3
+    assert indices((0.9, 0.8), min_margin=0.1) == [(0, 1)]
+    assert indices((0.1 + 0.2, 0.3)) == indices((1e6 + 1e-9, 1e6)) == "tie"
+    assert indices((1e-300, 0.0)) == indices((1e6 + 1e-3, 1e6)) == [(0, 1)]
+    assert indices((0.9, 0.8), min_margin=0.1001) == "below_min_margin"
+    # Thirds are equal gaps, though not in floats: either may be drawn.
+    for strategy, rewards in (("hardest", None), ("hardest_reward", [0.0] * 3)):
+        drawn = {indices((1.0, 2 / 3, 1 / 3), strategy=strategy, rewards=rewards, seed=s)[0] for s in range(50)}
+        assert drawn == {(0, 1), (1, 2)}
+
+
+def test_the_probability_of_a_preference_is_bradley_terrys():
+    def probabilities(scale, scores=(2.0, 0.0, 1.0)):
+        judgement = Judgement(prompt_id="p", scores=scores)
+        pairs, _ = build_pairs(group(1, 2, 3), judgement, PairsConfig(strategy="all"), 0, None, scale)
+        return [pair.preference_probability for pair in pairs]
+
+    odds = [math.e**2, math.e, math.e]  # of margins 2, 1 and 1: exp(reward) against exp(reward)
+    assert probabilities(1.0) == pytest.approx([x / (1 + x) for x in odds])
+    assert probabilities(2.0) == pytest.approx([x**0.5 / (1 + x**0.5) for x in odds])
+    assert probabilities(1e-308) == [1.0] * 3 and probabilities(1e308) == pytest.approx([0.5] * 3)
+    assert probabilities(None) == [None] * 3
+
+
 def test_only_pairs_of_like_length_are_usable():
     assert indices((3, 2, 1), lengths=(10, 14, 30)) == [(0, 2)]
     assert indices((3, 2, 1), lengths=(10, 14, 30), max_length_ratio=3) == [(0, 2)]
@@ -133,7 +159,7 @@ def test_whatever_comes_every_pair_is_a_real_preference(responses, strategy, min
     assert pairs == build_pairs(g, judgement, config, seed, rewards)[0], "the same seed, the same pairs"
     for pair in pairs:
         assert pair.chosen.text != pair.rejected.text
-        assert pair.margin > 0 and pair.margin >= min_margin
+        assert pair.margin > 0 and pair.margin >= min_margin - 1e-9
         assert (pair.chosen_score, pair.rejected_score) == (scores[pair.chosen.index], scores[pair.rejected.index])
         if ratio is not None:
             short, long = sorted((len(pair.chosen.token_ids), len(pair.rejected.token_ids)))
@@ -141,8 +167,9 @@ def test_whatever_comes_every_pair_is_a_real_preference(responses, strategy, min
 
 
 def test_a_flip_swaps_the_responses_and_leaves_the_scores_sorted():
-    (pair,), _ = build_pairs(group(5, 6), Judgement(prompt_id="p", scores=(0.2, 0.9)), PairsConfig(), 0)
+    (pair,), _ = build_pairs(group(5, 6), Judgement(prompt_id="p", scores=(0.2, 0.9)), PairsConfig(), 0, None, 0.35)
     flipped = flip(pair)
+    assert flipped.preference_probability == pair.preference_probability > 0.5, "an erring judge is as sure"
     assert (flipped.chosen.index, flipped.rejected.index) == (0, 1) == (pair.rejected.index, pair.chosen.index)
     assert (flipped.chosen_score, flipped.rejected_score, flipped.flipped) == (0.9, 0.2, True)
     assert flip(flipped) == pair

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -266,6 +267,10 @@ def with_reference(chosen_logps, rejected_logps, reference_chosen_logps, referen
     return -beta * (chosen_logps - rejected_logps - reference_chosen_logps + reference_rejected_logps)
 
 
+def reference_without_beta(chosen_logps, reference_chosen_logps):
+    return reference_chosen_logps - chosen_logps
+
+
 def without_reference(chosen_logps, rejected_logps):
     return rejected_logps - chosen_logps
 
@@ -274,13 +279,21 @@ def with_a_mean(chosen_logps, margin_mean):
     return chosen_logps - margin_mean
 
 
+def with_scores(chosen_logps, rejected_logps, chosen_scores, *, beta):
+    return -beta * chosen_scores * (chosen_logps - rejected_logps)
+
+
+def with_probabilities(chosen_logps, rejected_logps, preference_probabilities):
+    return preference_probabilities * (rejected_logps - chosen_logps)
+
+
 @pytest.mark.parametrize(
     ("function", "reference", "message"),
     [
         ("with_reference", "fixed", None),
         ("without_reference", "none", None),
-        ("with_reference", "none", "reference.kind is none, but loss.function reads the reference's"),
-        ("without_reference", "fixed", "loss.function reads nothing of a reference; set reference.kind: none"),
+        ("with_reference", "none", "reference.kind is none, but loss.function '.*' reads the reference's"),
+        ("without_reference", "fixed", "loss.function '.*' reads nothing of a reference; set reference.kind: none"),
         ("with_a_mean", "none", "reads margin_mean, which a custom loss is not given"),
         ("without_refference", "none", "did you mean 'without_reference'"),
     ],
@@ -293,6 +306,61 @@ def test_a_loss_of_the_users_is_loaded_and_its_needs_seen(tmp_path, tiny_model, 
         return
     with pytest.raises(ConfigError, match=message):
         make_plan(config)
+
+
+def test_what_a_loss_of_the_users_reads_must_be_given(tmp_path, tiny_model):
+    path = tmp_path / "seed.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}?", "chosen": "a", "rejected": "b"}) + "\n" for i in range(30)))
+    seed, spin = {"seed_path": str(path), "seed_share": 0.5}, {"strategy": "spin", "chosen_column": "gold"}
+    rows = [{**row, "gold": "an answer"} for row in PROMPTS]
+
+    def plan(function, reference="none", **sections):
+        loss = {"name": "custom", "function": f"{__name__}:{function}"}
+        make_plan(parse(tmp_path, tiny_model, rows, loss=loss, reference={"kind": reference}, **sections))
+
+    plan("with_scores")
+    plan("with_probabilities", judge={"bradley_terry_scale": 1})
+    for function, message, sections in (
+        ("with_scores", "loss.name: custom needs scores, but 30 of 30", {"pairs": seed}),
+        ("with_scores", "loss.function .*with_scores' reads scores, which .* spin do not have", {"pairs": spin}),
+        ("with_probabilities", "reads preference_probabilities, but judge.bradley_terry_scale is null", {}),
+        (
+            "with_probabilities",
+            "reads preference_probabilities, but pairs of pairs.seed_path",
+            {"judge": {"bradley_terry_scale": 1}, "pairs": seed},
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan(function, **sections)
+    plan("without_reference", pairs=spin)
+    with pytest.raises(ConfigError, match="beta_control is set, but loss.function .* takes no option beta"):
+        plan("reference_without_beta", "fixed", beta_control={"target_kl": 1})
+    plan("with_reference", "fixed", beta_control={"target_kl": 1})
+
+
+def test_shares_references_and_stops_that_never_come_are_told(tmp_path, tiny_model):
+    path = tmp_path / "seed.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}?", "chosen": "a", "rejected": "b"}) + "\n" for i in range(3)))
+
+    def warnings(**overrides):
+        return make_plan(parse(tmp_path, tiny_model, **overrides)).warnings
+
+    seed = {"seed_path": str(path)}
+    for quiet in (
+        {"pairs": seed | {"seed_share": 0.2, "replay_share": 0.2}},
+        {"reference": {"kind": "refresh"}},
+        {"eval": {"early_stop": {"patience": 2}}},
+    ):
+        assert warnings(**quiet) == [], quiet
+    for loud, message in (
+        ({"pairs": {"replay_share": 0.01}}, "pairs.replay_share is 0.01, which of 8 pairs a round is less than one"),
+        ({"pairs": seed | {"seed_share": 0.01}}, "pairs.seed_share is 0.01, which of 8 pairs"),
+        ({"pairs": seed | {"seed_share": 0.5}}, "pairs.seed_share is 0.5, up to 8 pairs a round, but .* has 3, and"),
+        ({"reference": {"kind": "refresh", "every": 3}}, "reference.kind is refresh, but with loop.rounds = 3 the"),
+        ({"eval": {"early_stop": {"patience": 3}}}, "eval.early_stop.patience is 3, but with loop.rounds = 3"),
+    ):
+        (found,) = warnings(**loud)
+        assert re.match(message, found), found
 
 
 def test_given_responses_are_checked_and_tokenised_before_anything_starts(tmp_path, tiny_model):

@@ -10,6 +10,9 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from online_po.cli import app
+from online_po.config import Config
+from online_po.loss_configs import LOSS_BY_NAME
+from online_po.yaml_text import load_yaml
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,3 +44,28 @@ def test_the_python_example_names_what_exists():
 
     assert "from online_po import Config, run" in TEXT
     assert callable(online_po.run) and hasattr(online_po.Config, "from_yaml")
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_the_examples_of_losses_and_judges_are_configs():
+    base = {"run": {"name": "x"}, "model": {"path": "m"}, "prompts": {"path": "p", "heldout_size": 1}}
+    configs = [Config.parse(base | load_yaml(text, "README")) for text in blocks("yaml")]
+    assert [[loss.name for loss in config.loss] for config in configs] == [["sigmoid"], ["sigmoid", "sft"], ["custom"]]
+    assert configs[1].beta_control is not None and configs[0].judge.function == "my_judge:score"
+
+
+def test_the_example_of_a_loss_of_ones_own_trains(tmp_path, monkeypatch):
+    import torch
+
+    from online_po.losses import LossInputs, pair_losses, tensor_names
+
+    (code,) = [text for text in blocks("python") if text.startswith("# my_loss.py")]
+    (tmp_path / "my_loss.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    (loss,) = load_yaml(blocks("yaml")[-1], "README").values()
+    config = LOSS_BY_NAME["custom"](**loss)
+    inputs = LossInputs(**{name: torch.full((3,), float(i)) for i, name in enumerate(sorted(tensor_names(config)))})
+    assert pair_losses(config, inputs).shape == (3,)

@@ -23,7 +23,8 @@ from online_po.errors import ConfigError
 from online_po.learner import TorchLearner
 from online_po.policy_model import add_adapters, policy_tensors, write_policy
 from online_po.reference import next_reference
-from online_po.sections import LoraConfig, ReferenceConfig
+from online_po.reference_configs import ReferenceConfig
+from online_po.sections import LoraConfig
 from online_po.types import Policy, Reference
 from tests.learner_setup import (
     collect_logps,

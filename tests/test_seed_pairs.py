@@ -46,6 +46,7 @@ def test_a_row_becomes_what_the_prompt_file_and_the_policy_would_have_made(tmp_p
     nulls = {name for name, value in row.items() if value is None}
     assert nulls == {
         *(f"{side}_{what}" for side in ("chosen", "rejected") for what in ("sampler_logp", "index", "rationale")),
+        "preference_probability",
         "policy_version",
         "source_round",
     }
