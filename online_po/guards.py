@@ -155,8 +155,8 @@ def _flat(guard: FlatGuard, row: Row, earlier: Sequence[Row]) -> str | None:
 
 def _is_flat(guard: FlatGuard, row: Row) -> bool:
     # One step from a reference that is the policy itself has no margin by construction.
-    moved = row.get("steps", 0) > 1 or row["reference_round"] != row["round"]
-    measured = moved and "margin" in row and "loss" in row
+    from_itself = row.get("reference_round") == row["round"] - 1 and not row["reference_blended"]
+    measured = not (from_itself and row["steps"] == 1) and "margin" in row and "loss" in row
     return measured and abs(row["accuracy"] - 0.5) <= guard.max_edge and abs(row["margin"]) <= guard.max_margin
 
 
