@@ -120,6 +120,9 @@ class Config(Section):
             keep_checkpoints=kept,
             max_staleness=self.loop.max_staleness,
             measures_kl=self.reference.kind != "none" or self.measures_kl_to_start,
+            measures_shift=self.example_kind == "pairs"
+            and self.pairs.strategy != "spin"
+            and not (self.pairs.replay_share or self.pairs.seed_share),
             evaluates=self.eval.every > 0,
         )
         if self.eval.every == 0 and (self.prompts.heldout_path or self.prompts.heldout_size):

@@ -41,7 +41,7 @@ class DisplacementGuard(Guard):
 
     sees = (
         "chosen and rejected both less likely, on the mean of the round, than when they were sampled, each by more "
-        "than `max_fall`"
+        "than `max_fall`; only where a round trains on its own pairs alone"
     )
     remedy = "add an sft loss on the chosen, use loss.name: dpop, or lower learner.learning_rate"
 
@@ -146,9 +146,11 @@ class GuardsConfig(Section):
 
 
 def check_guards(
-    guards: GuardsConfig, *, keep_checkpoints: int | None, max_staleness: int, measures_kl: bool, evaluates: bool
+    guards: GuardsConfig, *, keep_checkpoints: int | None, max_staleness: int, measures_kl: bool, measures_shift: bool, evaluates: bool
 ) -> None:
-    """Raises ValueError for guards that could not do what they say, or that would have no effect."""
+    """Raises ValueError for guards that could not do what they say, or that would have no effect.
+
+    `measures_shift`: a round trains on pairs that it sampled, all of them (`online_po.metrics.likelihood_shift`)."""
     for name, guard in guards.each().items():
         bounds = guard.model_dump(exclude={"action"})
         defaults = type(guard).model_validate({}).model_dump(exclude={"action"})
@@ -157,8 +159,15 @@ def check_guards(
             raise ValueError(
                 f"guards.{name}.{changed} is {bounds[changed]!r}, but guards.{name}.action is off; drop one of the two"
             )
-        needs = {"kl": (measures_kl, "a reference, or learner.kl_to_start: true")}
-        needs["over_optimisation"] = (evaluates, "eval.every above 0")
+        needs = {
+            "kl": (measures_kl, "a reference, or learner.kl_to_start: true"),
+            "displacement": (
+                measures_shift,
+                "pairs of the round's own responses alone: no labels, pairs.strategy: spin, pairs.replay_share or "
+                "pairs.seed_path",
+            ),
+            "over_optimisation": (evaluates, "eval.every above 0"),
+        }
         met, what = needs.get(name, (True, ""))
         if not met and (changed is not None or guard.action not in ("off", "warn")):
             raise ValueError(f"guards.{name} is {guard.model_dump()}, but has an effect only with {what}; drop it")

@@ -51,6 +51,11 @@ TRAINING_NOTES = {
     "sources": "By round.",
 }
 
+ACCURACY_NOTES = {
+    "pair": "Share of pairs whose chosen response has the higher implicit reward.",
+    "label": "Share of responses whose implicit reward has the sign of their label.",
+}
+
 SOURCES = {
     "fresh": "of the round's responses",
     "spin": "a given response against an own one",
@@ -125,7 +130,7 @@ def render(view: RunView) -> str:
         reasons=REASONS,
         training=[(name, title) for name, title, _, _ in TRAINING] + [(name, title) for name, title, _ in BY_ROUND]
         + [("sources", f"Where {view.example}s came from")],
-        training_notes=TRAINING_NOTES,
+        training_notes=TRAINING_NOTES | {"accuracy": ACCURACY_NOTES[view.example]},
         time_note=_time_note(view),
         left_out=_left_out(view),
         facts=_facts(view),

@@ -230,6 +230,14 @@ def config(*overrides: str, **sections: Any) -> Config:
             "guards.kl .* has an effect only with a reference, or learner.kl_to_start: true",
         ),
         (
+            {"guards": {"displacement": {"action": "stop"}}, "loss": {"name": "kto"}},
+            "guards.displacement .* only with pairs of the round's own responses alone: no labels",
+        ),
+        (
+            {"guards": {"displacement": {"max_fall": 0.2}}, "pairs": {"replay_share": 0.5}},
+            "guards.displacement .* only with pairs .* pairs.replay_share",
+        ),
+        (
             {
                 "guards": {"over_optimisation": {"min_accuracy": 0.9}},
                 "eval": {"every": 0},
@@ -255,6 +263,8 @@ def test_settings_that_cannot_work_are_refused_by_name(sections, message):
         {"guards": {"kl": {"action": "roll_back"}}, "run": {"name": "x", "keep_checkpoints": None}},
         {"guards": {"kl": {"action": "roll_back"}, "max_roll_backs": 0}},
         {"guards": {"kl": {"action": "off"}}, "loss": {"name": "simpo"}},
+        {"guards": {"displacement": {"action": "off"}}, "loss": {"name": "kto"}},
+        {"guards": {"displacement": {"action": "stop"}}, "pairs": {"strategy": "all"}},
         {
             "guards": {"kl": {"action": "stop"}},
             "loss": {"name": "simpo"},

@@ -44,6 +44,9 @@ def everything(root: Path) -> dict[str, object]:
     for name in HISTORY:
         if (root / name).exists():
             found[name] = json.loads((root / name).read_text())
+    for path in sorted(root.glob("rounds/*/COMMIT.json")):
+        commit = json.loads(path.read_text())
+        found[str(path.relative_to(root))] = [commit["reference"], commit["beta_scale"]]
     for path in sorted(root.glob("rounds/*/metrics.jsonl")):
         row = json.loads(path.read_text().splitlines()[-1])
         found[str(path.relative_to(root))] = [row["attempt"], row["guards"]]
@@ -415,9 +418,19 @@ def test_early_stop_keeps_the_best_round(tmp_path, staleness):
     assert on.identity() == config.identity() and not is_finished(on, parts.ledger, evaluates=True)
 
 
-@pytest.mark.parametrize(
-    ("case", "staleness"), [("entropy", 0), ("entropy", 1), ("over_optimisation", 1), ("nonfinite", 1)]
-)
+MIXES: dict[tuple[str, int], dict[str, Any]] = {
+    ("entropy", 0): {
+        "reference": {"kind": "ema", "alpha": 0.5},
+        "beta_control": {"target_kl": 0.5},
+        "pairs": {"replay_share": 0.25, "seed_path": "s.jsonl", "seed_share": 0.25},
+    },
+    ("entropy", 1): {"reference": {"kind": "ema", "alpha": 0.5, "every": 2}, "pairs": {"replay_share": 0.4}},
+    ("over_optimisation", 1): {"eval": {"early_stop": {"patience": 3}}},
+    ("nonfinite", 1): {"loss": {"name": "kto"}, "pairs": {"replay_share": 0.4}},
+}
+
+
+@pytest.mark.parametrize(("case", "staleness"), list(MIXES))
 def test_killed_at_any_write_it_goes_back_and_ends_the_same(case, staleness, monkeypatch):
     """Dies before or after renames and removals, some of them while the run goes back, resumes, and compares all."""
     calls, die_at = 0, None
@@ -443,8 +456,9 @@ def test_killed_at_any_write_it_goes_back_and_ends_the_same(case, staleness, mon
             "reference": {"kind": "refresh", "every": 2},
             "prompts": {"path": "p", "heldout_size": 4},
             "loop__prompts_per_round": 4,
-        }
+        } | MIXES[case, staleness]
         parts = make_parts(guarded(folder, "roll_back", case, **overrides))
+        parts.seed_pairs = seeds(10) if parts.config.pairs.seed_path is not None else None
         ill = {"entropy": COLLAPSE, "nonfinite": {"nonfinite": 1.0}}
         over = case == "over_optimisation"
         parts.learner = OverFitted(parts.config) if over else SickLearner(parts.config, 3, **ill[case])
