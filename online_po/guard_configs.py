@@ -146,7 +146,13 @@ class GuardsConfig(Section):
 
 
 def check_guards(
-    guards: GuardsConfig, *, keep_checkpoints: int | None, max_staleness: int, measures_kl: bool, measures_shift: bool, evaluates: bool
+    guards: GuardsConfig,
+    *,
+    keep_checkpoints: int | None,
+    max_staleness: int,
+    measures_kl: bool,
+    measures_shift: bool,
+    evaluates: bool,
 ) -> None:
     """Raises ValueError for guards that could not do what they say, or that would have no effect.
 

@@ -128,7 +128,8 @@ def render(view: RunView) -> str:
         pairs=_examples(view, "pairs"),
         labels=_examples(view, "labels"),
         reasons=REASONS,
-        training=[(name, title) for name, title, _, _ in TRAINING] + [(name, title) for name, title, _ in BY_ROUND]
+        training=[(name, title) for name, title, _, _ in TRAINING]
+        + [(name, title) for name, title, _ in BY_ROUND]
         + [("sources", f"Where {view.example}s came from")],
         training_notes=TRAINING_NOTES | {"accuracy": ACCURACY_NOTES[view.example]},
         time_note=_time_note(view),
@@ -290,7 +291,9 @@ def _loss(loss: dict[str, Any]) -> str:
 
 
 def _reference(reference: dict[str, Any]) -> str:
-    settings = [f"{name} {reference[name]:g}" for name in ("every", "alpha", "above") if reference.get(name) is not None]
+    settings = [
+        f"{name} {reference[name]:g}" for name in ("every", "alpha", "above") if reference.get(name) is not None
+    ]
     shown = {"refresh": settings[:1], "ema": settings, "kl": settings[1:]}.get(reference["kind"], [])
     return ", ".join([reference["kind"], *shown])
 

@@ -212,11 +212,11 @@ def test_a_beta_for_each_round_a_renewed_reference_and_mixed_pairs_are_shown(tmp
     text = (folder / "config.yaml").read_text()
     text = text.replace("beta: 0.1", "beta: [0.1, 0.2, 0.2]").replace("kind: fixed", "kind: refresh")
     files.write_text(folder / "config.yaml", text)
-    for number, source in ((1, {"fresh": 40}), (2, {"fresh": 40, "replay": 10}), (3, {"fresh": 40, "replay": 9})):
-        path = folder / f"rounds/00000{number}/metrics.jsonl"
+    for round_, source in ((1, {"fresh": 40}), (2, {"fresh": 40, "replay": 10}), (3, {"fresh": 40, "replay": 9})):
+        path = folder / f"rounds/00000{round_}/metrics.jsonl"
         *steps, row = path.read_text().splitlines()
-        more = {"beta": 0.2 if number > 1 else 0.1, "reference_round": number - 1, "sources": source}
-        more |= {"sampler_mismatch": 0.001 * number}
+        more = {"beta": 0.2 if round_ > 1 else 0.1, "reference_round": round_ - 1, "sources": source}
+        more |= {"sampler_mismatch": 0.001 * round_}
         files.write_text(path, "\n".join([*steps, json.dumps(json.loads(row) | more)]) + "\n")
     page = Page(write_report(folder).read_text())
     assert "sigmoid, β 0.1 0.2 0.2" in page.text and "refresh, every 1" in page.text
