@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from online_po.batching import PAIR_SIDES
-from online_po.ledger import LogpKind
 from online_po.parts import Parts
+from online_po.pieces import LogpKind
 from online_po.seeds import stable_seed
 from online_po.types import Policy, Reference
 

@@ -42,7 +42,7 @@ class DisplacementGuard(Guard):
 
     sees = (
         "chosen and rejected both less likely, on the mean of the round, than when they were sampled, each by more "
-        "than `max_fall`"
+        "than `max_fall`; only where a round trains on its own pairs alone"
     )
     remedy = "add an sft loss on the chosen, use loss.name: dpop, or lower learner.learning_rate"
 

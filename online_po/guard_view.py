@@ -10,11 +10,15 @@ SHOWN = 6
 
 def findings(view: RunView) -> list[str]:
     """One sentence for each thing that a guard saw in the rounds there are, oldest first."""
+    stops = {(stop["policy"], stop["attempt"], stop["guard"]) for stop in view.guard_stops}
     found = []
     for round_ in view.rounds:
-        found += [(f"round {round_.number}", finding) for finding in round_.summary.get("guards", [])]
-        found += [(f"policy {round_.number}", f) for f in (round_.evaluation or {}).get("guards", [])]
-    return [f"{where}, guard {finding['name']}: {finding['message']}" for where, finding in found]
+        for kind, record in (("round", round_.summary), ("policy", round_.evaluation or {})):
+            for finding in record.get("guards", []):
+                stopped = (finding["policy"], record["attempt"], finding["name"]) in stops
+                who = f"guard {finding['name']}" + (" (the run stopped)" if stopped else "")
+                found.append(f"{kind} {round_.number}, {who}: {finding['message']}")
+    return found
 
 
 def roll_backs(view: RunView) -> list[str]:

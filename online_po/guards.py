@@ -156,8 +156,8 @@ def _flat(guard: FlatGuard, row: Row, earlier: Sequence[Row]) -> str | None:
 
 def _is_flat(guard: FlatGuard, row: Row) -> bool:
     # One step from a reference that is the policy itself has no margin by construction.
-    moved = row.get("steps", 0) > 1 or row["reference_round"] != row["round"]
-    if not moved or "margin" not in row or "loss" not in row:
+    from_itself = row.get("reference_round") == row["round"] - 1 and not row["reference_blended"]
+    if (from_itself and row["steps"] == 1) or "margin" not in row or "loss" not in row:
         return False
     # Two standard errors of a coin's share of heads: what chance alone gives for so few.
     chance = 1 / math.sqrt(row.get("pairs") or row.get("labels") or 1)

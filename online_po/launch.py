@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from online_po.config import Config
+from online_po.errors import GuardError, NonFiniteError
 from online_po.ledger import Ledger
 from online_po.loop import evaluations, is_finished, run_rounds
 from online_po.observers import CompositeObserver, PhaseTimer, TensorBoardObserver
@@ -41,7 +42,8 @@ def run(
     """Runs a config to its end: a new run, or the rest of the one in its run folder.
 
     `observers` see what happens (none: silence). `on_plan` is called once everything was checked,
-    before anything expensive starts. Raises OnlinePOError (see `online_po.errors`).
+    before anything expensive starts. Raises OnlinePOError (see `online_po.errors`); where a guard ended the run, its
+    report is written all the same.
     """
     told = CompositeObserver(observers or [])
     try:
@@ -51,8 +53,12 @@ def run(
         ledger = Ledger(config.run_dir)
         with ledger.lock():
             ledger.begin(config, _run_info(plan))
-            if not is_finished(config, ledger, evaluates=plan.heldout is not None):
-                _run_watched(plan, ledger, told)
+            try:
+                if not is_finished(config, ledger, evaluates=plan.heldout is not None):
+                    _run_watched(plan, ledger, told)
+            except (GuardError, NonFiniteError):
+                told.message(f"report: {write_report(ledger.root)}")
+                raise
             report = write_report(ledger.root)
     finally:
         told.close()

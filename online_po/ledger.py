@@ -1,4 +1,4 @@
-"""The run folder. All reads and writes of a run go through here.
+"""The run folder. All reads and writes of a run go through here; the pieces of a round are in `online_po.pieces`.
 
 Resume is one rule: read the ledger, do the first thing that is not there. A file appears whole or not
 at all; pieces of uncommitted rounds that no longer read back whole (parquet pages carry checksums) are
@@ -12,36 +12,23 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from online_po import files
 from online_po.config import Config
-from online_po.errors import ConfigError, LedgerError, first_line
-from online_po.tables import (
-    PROMPT_SCHEMA,
-    RESPONSE_LOGP_SCHEMA,
-    PromptRows,
-    judgements_to_table,
-    responses_to_table,
-    table_to_groups,
-    table_to_judgements,
-)
-from online_po.types import Group, Judgement, Policy, Probe, Prompt, Reference
+from online_po.errors import ConfigError, LedgerError
+from online_po.pieces import ExampleKind, Pieces
+from online_po.types import Policy, Probe, Reference
 
 SCHEMA_VERSION = 2
 WEIGHT_FOLDERS = ("policy", "reference", "trainer")
 """What `prune` deletes of a round."""
-LogpKind = Literal["reference", "start"]
-ExampleKind = Literal["pairs", "labels"]
-EXAMPLE_NOTES = b"notes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,25 +48,8 @@ class Commit:
     """Path inside the round's folder -> {"sha256": hex, "bytes": int}."""
 
 
-class ExamplesWriter:
-    """Writes a round's examples table by table."""
-
-    def __init__(self, writer: pq.ParquetWriter) -> None:
-        self._writer = writer
-
-    def write(self, table: pa.Table) -> None:
-        self._writer.write_table(table)
-
-    def note(self, notes: dict[str, Any]) -> None:
-        """Keeps JSON-able facts with the file, for later rounds."""
-        self._writer.add_key_value_metadata({EXAMPLE_NOTES: json.dumps(notes)})
-
-
-class Ledger:
+class Ledger(Pieces):
     """One run folder, open for reading; for writing inside `lock()`."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -207,9 +177,6 @@ class Ledger:
 
     # -- rounds ----------------------------------------------------------------------------------
 
-    def round_dir(self, round_: int) -> Path:
-        return self.root / "rounds" / f"{round_:06d}"
-
     def rounds(self) -> list[int]:
         """Rounds that have a folder, committed or not, in order."""
         return sorted(int(path.name) for path in (self.root / "rounds").glob("[0-9]*") if path.name.isdigit())
@@ -323,6 +290,11 @@ class Ledger:
                 if round_ in old and name not in spared.get(round_, ()):
                     files.remove_folder(self.round_dir(round_) / name)
 
+    def steps_committed(self) -> int:
+        """Optimizer steps of all committed rounds."""
+        files_ = (self.round_dir(r) / "metrics.jsonl" for r in range(1, (self.last_committed() or 0) + 1))
+        return sum(json.loads(line)["kind"] == "step" for path in files_ for line in path.open(encoding="utf-8"))
+
     @contextmanager
     def weights(self, round_: int) -> Iterator[tuple[Path, Path]]:
         """Gives (policy folder, trainer folder) to write to; both appear whole when the block ends."""
@@ -348,131 +320,6 @@ class Ledger:
                 f"the learner saved round {round_}, but nothing arrived in {str(written.parent)!r}: run.dir must be a "
                 "folder that every node of the cluster sees; choose another run.dir"
             )
-
-    # -- pieces of a round -----------------------------------------------------------------------
-
-    def write_prompts(self, round_: int, tables: Iterator[pa.Table], cursor: dict[str, Any]) -> None:
-        """The round's prompts in the order they are sampled, and the cursor's state after drawing them."""
-        schema = PROMPT_SCHEMA.with_metadata({"cursor": json.dumps(cursor)})
-        with files.parquet_writer(self.round_dir(round_) / "prompts.parquet", schema) as writer:
-            for table in tables:
-                writer.write_table(table.replace_schema_metadata(schema.metadata))
-
-    def has_prompts(self, round_: int) -> bool:
-        return (self.round_dir(round_) / "prompts.parquet").exists()
-
-    def prompts(self, round_: int) -> PromptRows:
-        return PromptRows(self._read(self.round_dir(round_) / "prompts.parquet"))
-
-    def cursor(self, round_: int) -> dict[str, Any]:
-        """The prompt cursor's state after drawing the round's prompts."""
-        metadata = pq.read_schema(self.round_dir(round_) / "prompts.parquet").metadata
-        return json.loads(metadata[b"cursor"])
-
-    def write_responses(self, round_: int, part: int, groups: Sequence[Group]) -> None:
-        files.write_parquet(self._part(round_, "responses", part), responses_to_table(groups))
-
-    def has_responses(self, round_: int, part: int) -> bool:
-        return self._part(round_, "responses", part).exists()
-
-    def responses(self, round_: int, part: int, prompts: Sequence[Prompt]) -> list[Group]:
-        """The groups of one part, given the part's prompts."""
-        return table_to_groups(self._read(self._part(round_, "responses", part)), prompts)
-
-    def write_judgements(self, round_: int, part: int, judgements: Sequence[Judgement]) -> None:
-        files.write_parquet(self._part(round_, "judgements", part), judgements_to_table(judgements))
-
-    def has_judgements(self, round_: int, part: int) -> bool:
-        return self._part(round_, "judgements", part).exists()
-
-    def judgements(self, round_: int, part: int) -> list[Judgement]:
-        return table_to_judgements(self._read(self._part(round_, "judgements", part)))
-
-    def write_judged(self, round_: int, failures: int) -> None:
-        """Marks that sampling and judging of a round are over; judgements that failed then stay failed."""
-        files.write_json(self.round_dir(round_) / "judged.json", {"failures": failures})
-
-    def is_judged(self, round_: int) -> bool:
-        return (self.round_dir(round_) / "judged.json").exists()
-
-    @contextmanager
-    def examples_writer(self, round_: int, kind: ExampleKind, schema: pa.Schema) -> Iterator[ExamplesWriter]:
-        """A writer of pairs.parquet or labels.parquet; what it notes is read by `example_notes`."""
-        with files.parquet_writer(self.round_dir(round_) / f"{kind}.parquet", schema) as writer:
-            yield ExamplesWriter(writer)
-
-    def examples(self, round_: int, kind: ExampleKind) -> pa.Table:
-        """What a round trains on. Never pruned: later rounds may replay it."""
-        return self._read(self.round_dir(round_) / f"{kind}.parquet")
-
-    def has_examples(self, round_: int, kind: ExampleKind) -> bool:
-        return (self.round_dir(round_) / f"{kind}.parquet").exists()
-
-    def example_notes(self, round_: int, kind: ExampleKind) -> dict[str, Any]:
-        """What the round's builder noted in the file's footer."""
-        metadata = pq.read_metadata(self.round_dir(round_) / f"{kind}.parquet").metadata
-        return json.loads(metadata[EXAMPLE_NOTES])
-
-    def pairs(self, round_: int) -> pa.Table:
-        return self.examples(round_, "pairs")
-
-    def write_response_logps(self, round_: int, logps: Any) -> None:
-        """(R,) float32: logps of the round's judged responses under its reference, in order of parts, groups, index."""
-        table = pa.table({"response": logps}, schema=RESPONSE_LOGP_SCHEMA)
-        files.write_parquet(self.round_dir(round_) / "response_logps.parquet", table)
-
-    def response_logps(self, round_: int) -> Any | None:
-        """What `write_response_logps` wrote; None if not computed yet."""
-        path = self.round_dir(round_) / "response_logps.parquet"
-        return self._read(path)["response"].to_numpy() if path.exists() else None
-
-    def write_logps(
-        self, round_: int, kind: LogpKind, logps: dict[str, Any], notes: dict[str, Any] | None = None
-    ) -> None:
-        """{side: (N,) float32}, one row an example, and notes on how they were come by."""
-        table = pa.table(logps).replace_schema_metadata({"notes": json.dumps(notes or {})})
-        files.write_parquet(self.round_dir(round_) / f"{kind}_logps.parquet", table)
-
-    def logp_notes(self, round_: int, kind: LogpKind) -> dict[str, Any]:
-        """What `write_logps` was told; empty where there are no such logps."""
-        path = self.round_dir(round_) / f"{kind}_logps.parquet"
-        return json.loads(pq.read_schema(path).metadata[b"notes"]) if path.exists() else {}
-
-    def logps(self, round_: int, kind: LogpKind) -> dict[str, Any] | None:
-        """{side: (N,) float32}, one row an example; None if not computed yet."""
-        path = self.round_dir(round_) / f"{kind}_logps.parquet"
-        if not path.exists():
-            return None
-        table = self._read(path)
-        return {name: table[name].to_numpy() for name in table.column_names}
-
-    def write_metrics(self, round_: int, rows: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        files.write_text(self.round_dir(round_) / "metrics.jsonl", text)
-
-    def round_row(self, round_: int) -> dict[str, Any]:
-        """The round's own row of its metrics: the last one."""
-        return json.loads((self.round_dir(round_) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-
-    def steps_committed(self) -> int:
-        """Optimizer steps of all committed rounds."""
-        files_ = (self.round_dir(r) / "metrics.jsonl" for r in range(1, (self.last_committed() or 0) + 1))
-        return sum(json.loads(line)["kind"] == "step" for path in files_ for line in path.open(encoding="utf-8"))
-
-    def write_evaluation(self, round_: int, table: pa.Table, summary: dict[str, Any]) -> None:
-        """eval.parquet, then eval.json, which makes the evaluation count."""
-        files.write_parquet(self.round_dir(round_) / "eval.parquet", table)
-        files.write_json(self.round_dir(round_) / "eval.json", summary)
-
-    def evaluation(self, round_: int) -> pa.Table | None:
-        """The evaluation of a round's policy; None if it was not made."""
-        if not (self.round_dir(round_) / "eval.json").exists():
-            return None
-        return self._read(self.round_dir(round_) / "eval.parquet")
-
-    def evaluation_summary(self, round_: int) -> dict[str, Any] | None:
-        path = self.round_dir(round_) / "eval.json"
-        return files.read_json(path) if path.exists() else None
 
     # -- what guards did -------------------------------------------------------------------------
 
@@ -516,19 +363,6 @@ class Ledger:
     def _acts(self, name: str) -> list[dict[str, Any]]:
         path = self.root / name
         return files.read_json(path) if path.exists() else []
-
-    def _part(self, round_: int, kind: str, part: int) -> Path:
-        return self.round_dir(round_) / kind / f"part-{part:05d}.parquet"
-
-    def _read(self, path: Path) -> pa.Table:
-        try:
-            return files.read_parquet(path)
-        except FileNotFoundError as error:
-            raise LedgerError(f"{str(path)!r} is missing; restore it from a copy of the run folder") from error
-        except (OSError, pa.ArrowException) as error:  # Arrow raises OSError for a wrong checksum
-            raise LedgerError(
-                f"{str(path)!r} is damaged ({first_line(error)}); restore it from a copy of the run folder"
-            ) from error
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,10 +11,10 @@ import hashlib
 import random
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from online_po import files, guard_view
-from online_po.report_charts import TRAINING, charts
+from online_po.report_charts import BY_ROUND, TRAINING, charts, source_chart
 from online_po.run_view import (
     USEFUL_PHASES,
     RunView,
@@ -25,6 +25,7 @@ from online_po.run_view import (
     number,
     plural,
     sample_comparisons,
+    sample_labels,
     sample_pairs,
     side_of_half,
     time_use,
@@ -37,12 +38,29 @@ PAIRS = 4
 """Pairs shown of the first and of the latest round."""
 
 TRAINING_NOTES = {
-    "rewards": "β·(log π − log π_ref), mean over pairs.",
-    "margin": "Chosen minus rejected reward.",
+    "rewards": "β·(log π − log π_ref).",
+    "margin": "Implicit reward of the better minus that of the worse.",
     "logps": "Summed over response tokens, in nats.",
     "kl": "Mean log-ratio on the round's responses, in nats.",
     "entropy": "Of the next token, mean over response tokens, in nats.",
     "grad_norm": "Before clipping.",
+    "beta": "By round; of the first loss that has one.",
+    "sampling_kl": "By round, of the policy that sampled it, on its own responses (k1).",
+    "reference": "By round: the policy that it is, or of a mean the round that made it.",
+    "mismatch": "By round, nats a token between sampler and learner; dashed: reference.max_mismatch.",
+    "sources": "By round.",
+}
+
+ACCURACY_NOTES = {
+    "pair": "Share of pairs whose chosen response has the higher implicit reward.",
+    "label": "Share of responses whose implicit reward has the sign of their label.",
+}
+
+SOURCES = {
+    "fresh": "of the round's responses",
+    "spin": "a given response against an own one",
+    "replay": "replayed from earlier rounds",
+    "seed": "from pairs.seed_path",
 }
 
 REASONS = {
@@ -55,10 +73,7 @@ REASONS = {
     "chosen_too_long": "the given response is over the context",
     "no_contrast": "no response labelled",
     "balance": "of a domain too large for pairs.balance_ratio",
-    "fresh": "of the round's responses",
-    "spin": "a given response against an own one",
-    "replay": "replayed from earlier rounds",
-    "seed": "from pairs.seed_path",
+    **SOURCES,
     "loaded": "loaded",
     "used": "used",
     "empty": "empty",
@@ -106,13 +121,17 @@ def render(view: RunView) -> str:
         best=guard_view.best(view),
         guards=[*guard_view.roll_backs(view), *guard_view.findings(view)],
         table=_table(view),
-        charts=charts(view),
+        charts=charts(view) | source_chart(view, SOURCES),
         comparisons=_comparisons(view),
         overall=last and last["versus_start"],
         latest=last and last["policy_version"],
-        pairs=_pairs(view),
-        training=TRAINING,
-        training_notes=TRAINING_NOTES,
+        pairs=_examples(view, "pairs"),
+        labels=_examples(view, "labels"),
+        reasons=REASONS,
+        training=[(name, title) for name, title, _, _ in TRAINING]
+        + [(name, title) for name, title, _ in BY_ROUND]
+        + [("sources", f"Where {view.example}s came from")],
+        training_notes=TRAINING_NOTES | {"accuracy": ACCURACY_NOTES[view.example]},
         time_note=_time_note(view),
         left_out=_left_out(view),
         facts=_facts(view),
@@ -206,12 +225,12 @@ def _comparisons(view: RunView) -> list[dict[str, Any]]:
     return sample_comparisons(evaluated[0], evaluated[-1], COMPARISONS, _seed(view, "comparisons"))
 
 
-def _pairs(view: RunView) -> list[tuple[int, list[dict[str, Any]]]]:
-    """(round, pairs) of the latest round, then of the first."""
-    rounds = [r for r in view.rounds if (r.folder / "pairs.parquet").exists()]
+def _examples(view: RunView, kind: Literal["pairs", "labels"]) -> list[tuple[int, list[dict[str, Any]]]]:
+    """(round, pairs or labelled responses) of the latest round, then of the first."""
+    rounds = [r for r in view.rounds if (r.folder / f"{kind}.parquet").exists()]
     shown = dict.fromkeys([rounds[-1].number, rounds[0].number]) if rounds else {}
-    folders = {r.number: r.folder for r in rounds}
-    return [(n, sample_pairs(folders[n], PAIRS, _seed(view, f"pairs {n}"))) for n in shown]
+    folders, sample = {r.number: r.folder for r in rounds}, sample_pairs if kind == "pairs" else sample_labels
+    return [(n, sample(folders[n], PAIRS, _seed(view, f"{kind} {n}"))) for n in shown]
 
 
 def _time_note(view: RunView) -> str:
@@ -272,13 +291,21 @@ def _beta(beta: float | list[float]) -> str:
     return ", ".join(f"{value:g}" for value in (beta if isinstance(beta, list) else [beta]))
 
 
+def _reference(reference: dict[str, Any]) -> str:
+    settings = [
+        f"{name} {reference[name]:g}" for name in ("every", "alpha", "above") if reference.get(name) is not None
+    ]
+    shown = {"refresh": settings[:1], "ema": settings, "kl": settings[1:]}.get(reference["kind"], [])
+    return ", ".join([reference["kind"], *shown])
+
+
 def _facts(view: RunView) -> list[tuple[str, str]]:
     config, info = view.config, view.info
     versions = info.get("versions", {})
     return [
         ("starting model", config["model"]["path"]),
         ("loss", " + ".join(map(_loss, config["loss"]))),
-        ("reference", config["reference"]["kind"]),
+        ("reference", _reference(config["reference"])),
         ("trained", "LoRA adapters" if config["learner"]["lora"] else "all weights"),
         ("judge", config["judge"]["kind"]),
         ("seed", str(config["run"]["seed"])),

@@ -9,7 +9,7 @@ A series: {"name", "x", "y", "color" (index into the palette of report.css)}, op
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from online_po.metrics import HISTOGRAM_VALUES, bin_width, to_bins
@@ -41,6 +41,17 @@ TRAINING = (
 )
 """(chart, title, (metric, label) of each line, number format)."""
 
+LABEL_NAMES = {"chosen": "desirable", "rejected": "undesirable"}
+"""What the lines of `TRAINING` are called where the run trains on labelled responses."""
+
+BY_ROUND = (
+    ("beta", "Beta", (("beta", "beta"),)),
+    ("sampling_kl", "KL of the sampling policy", (("kl_reference", "to reference"), ("kl_start", "to start"))),
+    ("reference", "Reference", (("reference_round", "policy"),)),
+    ("mismatch", "Sampler mismatch", (("sampler_mismatch", "mismatch"),)),
+)
+"""(chart, title, (figure of the round's row, label) of each line)."""
+
 PHASE_GROUPS: tuple[tuple[str, tuple[str, ...], int], ...] = (
     ("generate", ("generate",), 0),
     ("judge", ("judge",), 2),
@@ -57,7 +68,8 @@ PHASE_GROUPS: tuple[tuple[str, tuple[str, ...], int], ...] = (
 
 def charts(view: RunView) -> dict[str, Chart]:
     """Every chart the run has data for, by name."""
-    found = heldout_charts(view) | training_charts(view) | sampling_charts(view) | distribution_charts(view)
+    found = heldout_charts(view) | training_charts(view) | round_charts(view)
+    found |= sampling_charts(view) | distribution_charts(view)
     if view.phases or view.trained_rounds:
         found["time"] = time_chart(view)
     return found
@@ -111,7 +123,8 @@ def training_charts(view: RunView) -> dict[str, Chart]:
         for color, (metric, label) in enumerate(lines):
             points = [(i, step[metric]) for i, step in enumerate(steps, 1) if metric in step]
             if points:
-                series.append(_line(label, color, thin(points)))
+                name_ = LABEL_NAMES.get(label, label) if view.example == "label" else label
+                series.append(_line(name_, color, thin(points)))
         if series:
             found[name] = {
                 "series": series,
@@ -120,6 +133,40 @@ def training_charts(view: RunView) -> dict[str, Chart]:
                 "breaks": ends[:-1] if len(ends) <= MAX_BREAKS else [],
             }
     return found
+
+
+def round_charts(view: RunView) -> dict[str, Chart]:
+    """Charts of `BY_ROUND` that the run has data for; beta and reference only where they change."""
+    found: dict[str, Chart] = {}
+    for name, _, lines in BY_ROUND:
+        series = [_by_round(view, key, label, color) for color, (key, label) in enumerate(lines)]
+        series = [line for line in series if line["x"]]
+        constant = len({y for line in series for y in line["y"]}) == 1
+        if series and not (constant and name in ("beta", "reference")):
+            zero = name in ("beta", "reference", "mismatch")
+            found[name] = {"series": series, "x": _axis("round", whole=True), "y": _axis("", zero=zero)}
+    if "mismatch" in found:
+        found["mismatch"]["line"] = view.config["reference"]["max_mismatch"]
+    return found
+
+
+def _by_round(view: RunView, key: str, label: str, color: int) -> dict[str, Any]:
+    """A figure of the rounds' rows, where it was measured."""
+    points = [(r.number, r.summary[key]) for r in view.trained_rounds if r.summary.get(key) is not None]
+    return _line(label, color, thin(points))
+
+
+def source_chart(view: RunView, names: Mapping[str, str]) -> dict[str, Chart]:
+    """Where each round's examples came from, if not all from the same; `names`: of the sources."""
+    counts = [(r.number, r.summary.get("sources", {})) for r in view.trained_rounds]
+    sources = [source for source in names if any(source in of for _, of in counts)]
+    if len(sources) < 2:
+        return {}
+    series = [
+        _line(names[source], color, thin([(number, of.get(source, 0)) for number, of in counts]))
+        for color, source in enumerate(sources)
+    ]
+    return {"sources": {"series": series, "x": _axis("round", whole=True), "y": _axis(f"{view.example}s", zero=True)}}
 
 
 def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -155,14 +202,7 @@ def sampling_charts(view: RunView) -> dict[str, Chart]:
     ranges = {"diversity": (0.0, 1.05), "correlation": (-1.0, 1.0)}
     found: dict[str, Chart] = {}
     for name, lines in panels.items():
-        series = [
-            _line(
-                label,
-                color,
-                thin([(r.number, r.summary[key]) for r in view.trained_rounds if r.summary[key] is not None]),
-            )
-            for key, label, color in lines
-        ]
+        series = [_by_round(view, key, label, color) for key, label, color in lines]
         series = [line for line in series if line["x"]]
         if series:
             y = _axis(titles[name], zero=name == "lengths", range_=ranges.get(name))

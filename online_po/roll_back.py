@@ -56,10 +56,11 @@ def act(ledger: Ledger, record: Mapping[str, Any] | None, since: int) -> None:
 
 def last_good_round(ledger: Ledger, finding: Finding) -> int | None:
     """The newest round before the policy that shows the fault, of those whose policy no guard wants back; where the
-    held-out score fell, the round with the best one. None where there is none with all that it takes to go on."""
+    held-out score fell, the round with the best one. None where there is none, or not all that it takes to go on from
+    it is kept: an older one would throw away good rounds."""
     policy = finding["policy"]
     if finding["name"] == "over_optimisation":
-        candidates = [best_version(heldout_scores(ledger, policy - 1))]
+        good = best_version(heldout_scores(ledger, policy - 1))
     else:
         bad = {
             f["policy"]
@@ -67,8 +68,8 @@ def last_good_round(ledger: Ledger, finding: Finding) -> int | None:
             for f in ledger.round_row(round_).get("guards", ())
             if f["action"] == "roll_back"
         }
-        candidates = [round_ for round_ in range(policy - 1, -1, -1) if round_ not in bad]
-    return next((round_ for round_ in candidates if round_ is not None and _can_go_on(ledger, round_)), None)
+        good = next((round_ for round_ in range(policy - 1, -1, -1) if round_ not in bad), None)
+    return good if good is not None and _can_go_on(ledger, good) else None
 
 
 def _can_go_on(ledger: Ledger, round_: int) -> bool:

@@ -131,7 +131,7 @@ def train_round(parts: Parts, round_: int) -> None:
             "round": round_,
             "attempt": ledger.attempt,
             "steps": len(steps),
-            "reference_round": reference.round,
+            **({} if anchors.reference is None else {"reference_round": held.round, "reference_blended": held.blended}),
             "beta": reward_beta(config.loss, betas),
             **sampled,
             **means,

@@ -59,6 +59,8 @@ class RunView:
     """timeline.jsonl: {"phase", "round", "start" (Unix seconds), "seconds"} in the order they ended."""
     roll_backs: list[dict[str, Any]]
     """See `online_po.ledger.Ledger.roll_backs`."""
+    guard_stops: list[dict[str, Any]]
+    """See `online_po.ledger.Ledger.guard_stops`."""
 
     @property
     def name(self) -> str:
@@ -140,8 +142,13 @@ def load_run_view(folder: Path) -> RunView:
         info=json.loads((folder / "run.json").read_text(encoding="utf-8")),
         rounds=[_load_round(path) for path in sorted((folder / "rounds").glob("[0-9]*")) if path.name.isdigit()],
         phases=list(_json_lines(folder / "timeline.jsonl")),
-        roll_backs=json.loads(path.read_text("utf-8")) if (path := folder / "roll_backs.json").exists() else [],
+        roll_backs=_json_list(folder / "roll_backs.json"),
+        guard_stops=_json_list(folder / "guard_stops.json"),
     )
+
+
+def _json_list(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def _load_round(folder: Path) -> RoundView:
@@ -328,12 +335,32 @@ PAIR_COLUMNS = (
     "rejected_rationale",
     "chosen_finish_reason",
     "rejected_finish_reason",
+    "source",
+    "flipped",
+)
+LABEL_COLUMNS = (
+    "prompt",
+    "completion",
+    "label",
+    "response_score",
+    "response_rationale",
+    "response_finish_reason",
+    "source",
+    "flipped",
 )
 
 
 def sample_pairs(folder: Path, count: int, seed: int) -> list[dict[str, Any]]:
     """Up to `count` pairs of a round, a uniform draw by seed; reads only the row groups they lie in."""
-    path = folder / "pairs.parquet"
+    return _sample(folder / "pairs.parquet", PAIR_COLUMNS, count, seed)
+
+
+def sample_labels(folder: Path, count: int, seed: int) -> list[dict[str, Any]]:
+    """The same of labelled responses."""
+    return _sample(folder / "labels.parquet", LABEL_COLUMNS, count, seed)
+
+
+def _sample(path: Path, columns: Sequence[str], count: int, seed: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     file = pq.ParquetFile(path)
@@ -344,7 +371,7 @@ def sample_pairs(folder: Path, count: int, seed: int) -> list[dict[str, Any]]:
         end = begin + file.metadata.row_group(group).num_rows
         rows = [row - begin for row in wanted if begin <= row < end]
         if rows:
-            found += file.read_row_group(group, columns=list(PAIR_COLUMNS)).take(pa.array(rows)).to_pylist()
+            found += file.read_row_group(group, columns=list(columns)).take(pa.array(rows)).to_pylist()
         begin = end
     return found
 

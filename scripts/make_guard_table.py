@@ -46,7 +46,8 @@ same place. `roll_backs.json` holds one entry for each time. After `guards.max_r
 the run, at the good round; every `online-po resume` from there is one more try.
 
 Going back needs weights: `run.keep_checkpoints` must be null or at least 2 + 2 x `loop.max_staleness`. The best
-evaluated round keeps its own, whatever it is, where `over_optimisation` rolls back.
+evaluated round keeps its own, whatever it is, where `over_optimisation` rolls back. Where the last good round's are
+gone all the same (a second roll-back right after a first), the run stops instead of throwing more good rounds away.
 
 ## Early stop
 

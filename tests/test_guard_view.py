@@ -103,6 +103,16 @@ def test_the_report_lists_what_guards_saw(folder):
     assert "What guards saw" not in Page(write_report(make_run_folder(folder / "plain")).read_text()).text
 
 
+def test_a_finding_that_stopped_the_run_says_so(folder):
+    stop = {"policy": FINDING["policy"], "attempt": 1, "guard": "length", "round": 2, "message": SAW}
+    files.write_json(folder / "guard_stops.json", [stop, stop | {"guard": "over_optimisation", "attempt": 0}])
+    view = load_run_view(folder)
+    assert guard_view.findings(view) == [
+        f"round 2, guard length (the run stopped): {SAW}",
+        f"policy 2, guard over_optimisation: {OVER['message']}",
+    ]
+
+
 def stop_early(folder: Path, patience: int) -> None:
     text = (folder / "config.yaml").read_text()
     rule = f"early_stop: {{patience: {patience}, min_gain: 0.0}}"

@@ -24,6 +24,7 @@ HEALTHY = {
     "steps": 6,
     "pairs": 1000,
     "reference_round": 0,
+    "reference_blended": False,
     "loss": 0.6,
     "accuracy": 0.7,
     "margin": 0.3,
@@ -107,7 +108,7 @@ def test_bounds_are_the_configs():
 
 def test_round_1_is_compared_with_nothing_and_what_is_not_measured_is_not_looked_at():
     assert findings(row(1, entropy=0.01, length_mean=9e9, **FLAT)) == []
-    bare = {"round": 5, "policy_version_sampled": 4, "attempt": 0, "steps": 2, "reference_round": 0, "loss": 0.1}
+    bare = {"round": 5, "policy_version_sampled": 4, "attempt": 0, "steps": 2, "loss": 0.1}
     assert findings(bare, {**bare, "round": 1}, {**bare, "round": 4}) == []
     known_only_now = {**bare, "entropy": 0.1, "length_score_correlation": None, "distinct_2": None}
     assert findings(known_only_now, {**bare, "round": 1}, {**bare, "round": 4}) == []
@@ -123,10 +124,21 @@ def test_flat_needs_rounds_on_end():
 
 
 def test_one_step_on_a_reference_that_is_the_policy_has_no_margin_by_construction():
-    rows = [row(r, steps=1, reference_round=r, accuracy=0.5, margin=1e-7) for r in (1, 2)]
-    assert findings(rows[1], rows[0]) == []
-    fixed = [row(r, steps=1, accuracy=0.5, margin=1e-7) for r in (1, 2)]
-    assert [f["name"] for f in findings(fixed[1], fixed[0])] == ["flat"]
+    def of(round_: int, reference: int | None, blended: bool = False, steps: int = 1) -> dict[str, Any]:
+        held = {} if reference is None else {"reference_round": reference, "reference_blended": blended}
+        bare = {key: value for key, value in row(round_).items() if "reference_" not in key}
+        return bare | FLAT | {"steps": steps} | held
+
+    def fires(*rows: dict[str, Any]) -> bool:
+        return "flat" in [f["name"] for f in findings(rows[-1], *rows[:-1])]
+
+    assert not fires(of(1, 0), of(2, 1), of(3, 2)), "refreshed every round"
+    assert fires(of(1, 0), of(2, 1, steps=2), of(3, 2, steps=2)), "the second step has one"
+    assert not fires(of(1, 0), of(2, 0)), "in round 1 a fixed reference is the policy too"
+    assert fires(of(1, 0), of(2, 0), of(3, 0)), "later it is not"
+    assert not fires(of(1, 0), of(4, 2), of(5, 4)), "refreshed every other round: round 5 starts from it, round 4 not"
+    assert fires(of(1, 0), of(2, 1, blended=True), of(3, 2, blended=True)), "a mean is not the policy"
+    assert fires(of(1, None), of(2, None)), "without a reference margins are never zero by construction"
 
 
 def test_rows_needed_are_few():
@@ -225,6 +237,14 @@ def config(*overrides: str, **sections: Any) -> Config:
             "guards.kl .* has an effect only with a reference, or learner.kl_to_start: true",
         ),
         (
+            {"guards": {"displacement": {"action": "stop"}}, "loss": {"name": "kto"}},
+            "guards.displacement .* only with pairs of the round's own responses alone: no replay",
+        ),
+        (
+            {"guards": {"displacement": {"max_fall": 0.2}}, "pairs": {"replay_share": 0.5}},
+            "guards.displacement .* only with pairs .* no replay, seed pairs",
+        ),
+        (
             {
                 "guards": {"over_optimisation": {"min_accuracy": 0.9}},
                 "eval": {"every": 0},
@@ -271,6 +291,8 @@ def test_settings_that_cannot_work_are_refused_by_name(sections, message):
         {"guards": {"kl": {"action": "off"}}, "loss": {"name": "simpo"}},
         {"guards": {"displacement": {"action": "off"}, "flat": {"rounds": 3}}, "loss": {"name": "kto"}},
         {"loop": {"rounds": 1}, "pairs": {"seed_path": "s", "seed_share": 0.5}},
+        {"guards": {"displacement": {"action": "off"}}, "loss": {"name": "kto"}},
+        {"guards": {"displacement": {"action": "stop"}}, "pairs": {"strategy": "all"}},
         {
             "guards": {"kl": {"action": "stop"}},
             "loss": {"name": "simpo"},

@@ -390,7 +390,7 @@ def test_a_mean_of_policies_goes_on_from_the_one_before_and_old_ones_are_pruned(
     kept = {r for r in range(1, 6) if (parts.ledger.round_dir(r) / "reference").exists()}
     assert kept == {4}, "round 5 and round 4 go on from it"
     rows = [json.loads(line) for line in (parts.ledger.round_dir(4) / "metrics.jsonl").open()]
-    assert rows[-1]["reference_round"] == 4
+    assert (rows[-1]["reference_round"], rows[-1]["reference_blended"]) == (2, True), "what it was trained against"
 
 
 def test_a_finished_run_does_nothing_when_run_again(tmp_path):

@@ -215,3 +215,39 @@ def test_numbers_for_people():
         "3 min 05 s",
         "2 h 10 min",
     ]
+
+
+def test_a_beta_for_each_round_a_renewed_reference_and_mixed_pairs_are_shown(tmp_path):
+    folder = make_run_folder(tmp_path)
+    text = (folder / "config.yaml").read_text()
+    text = text.replace("beta: 0.1", "beta: [0.1, 0.2, 0.2]").replace("kind: fixed", "kind: refresh")
+    files.write_text(folder / "config.yaml", text)
+    for round_, source in ((1, {"fresh": 40}), (2, {"fresh": 40, "replay": 10}), (3, {"fresh": 40, "replay": 9})):
+        path = folder / f"rounds/00000{round_}/metrics.jsonl"
+        *steps, row = path.read_text().splitlines()
+        more = {"beta": 0.2 if round_ > 1 else 0.1, "reference_round": round_ - 1, "sources": source}
+        more |= {"sampler_mismatch": 0.001 * round_}
+        files.write_text(path, "\n".join([*steps, json.dumps(json.loads(row) | more)]) + "\n")
+    page = Page(write_report(folder).read_text())
+    assert "sigmoid, β 0.1, 0.2, 0.2" in page.text and "refresh, every 1" in page.text
+    shown = {attrs["data-chart"] for _, attrs in page.tags if "data-chart" in attrs}
+    assert {"beta", "reference", "mismatch", "sampling_kl", "sources"} <= shown
+    (data,) = [json.loads(text) for attrs, text in page.scripts if attrs.get("id") == "chart-data"]
+    assert [line["y"] for line in data["sources"]["series"]] == [[40, 40, 40], [0, 10, 9]]
+    assert data["reference"]["series"][0]["y"] == [0, 1, 2] and data["beta"]["series"][0]["y"] == [0.1, 0.2, 0.2]
+    assert data["mismatch"]["line"] > 0
+    plain = charts(load_run_view(make_run_folder(tmp_path / "plain")))
+    assert not {"beta", "reference", "mismatch", "sources"} & plain.keys()
+
+
+def test_labelled_responses_are_shown_as_such(tmp_path):
+    from online_po.loop import run_rounds
+    from tests.fakes import SickLearner, make_config
+    from tests.test_loop import make_parts
+
+    parts = make_parts(make_config(tmp_path, loss={"name": "kto"}, pairs={"replay_share": 0.3}))
+    parts.learner = SickLearner(parts.config, 99, chosen_reward=0.1)
+    run_rounds(parts)
+    page = Page(write_report(parts.ledger.root).read_text())
+    assert "Labelled responses" in page.text and "Desirable" in page.text and "Preference pairs" not in page.text
+    assert "replayed from earlier rounds" in page.text and "sign of their label" in page.text

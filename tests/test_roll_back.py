@@ -19,6 +19,7 @@ from online_po.ledger import Ledger
 from online_po.loop import is_finished, last_round, run_rounds
 from online_po.parts import Parts
 from tests.fakes import FakeGenerator, FakeObserver, SickLearner, make_config
+from tests.test_examples import seeds
 from tests.test_loop import Killed, content, make_parts
 
 COLLAPSE = {"entropy": 0.2}
@@ -43,6 +44,9 @@ def everything(root: Path) -> dict[str, object]:
     for name in HISTORY:
         if (root / name).exists():
             found[name] = json.loads((root / name).read_text())
+    for path in sorted(root.glob("rounds/*/COMMIT.json")):
+        commit = json.loads(path.read_text())
+        found[str(path.relative_to(root))] = [commit["reference"], commit["beta_scale"]]
     for path in sorted(root.glob("rounds/*/metrics.jsonl")):
         row = json.loads(path.read_text().splitlines()[-1])
         found[str(path.relative_to(root))] = [row["attempt"], row["guards"]]
@@ -201,6 +205,57 @@ def test_the_start_itself_is_ill_so_there_is_no_way_back(tmp_path):
     assert parts.ledger.last_committed() == 1 and parts.ledger.roll_backs() == []
 
 
+ENDS: dict[str, dict[str, Any]] = {
+    "ema": {"reference": {"kind": "ema", "alpha": 0.5, "every": 3}},
+    "kl": {"reference": {"kind": "kl", "above": 0.5}},
+    "refresh": {"reference": {"kind": "refresh", "every": 3}},
+}
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+@pytest.mark.parametrize("kind", list(ENDS))
+def test_pruning_changes_nothing_about_where_a_run_goes_back_to(tmp_path, kind, staleness):
+    """The least that may be kept is enough: policies, trainers, references of every kind, means of policies too."""
+    ends = []
+    for keep in (2 + 2 * staleness, None):
+        overrides = ENDS[kind] | {"run__keep_checkpoints": keep, "loop__max_staleness": staleness, "loop__rounds": 7}
+        config = guarded(tmp_path / str(keep), "roll_back", "kl", **overrides)
+        parts = make_parts(config)
+        parts.learner = KlOfPolicy(config, 4)
+        run_rounds(parts)
+        assert [(r["from"], r["to"]) for r in parts.ledger.roll_backs()] == [(5 + staleness, 3)]
+        found = everything(parts.ledger.root)
+        ends.append({name: value for name, value in found.items() if "skill.json" not in name})
+    assert ends[0] == ends[1]
+
+
+def test_beta_and_what_is_mixed_in_are_those_of_the_good_round(tmp_path):
+    """The controller's beta, the cursor of seed pairs, and replay, which knows nothing of rounds that are gone."""
+    overrides: dict[str, Any] = {
+        "beta_control": {"target_kl": 0.5},
+        "pairs": {"replay_share": 0.25, "seed_path": "s.jsonl", "seed_share": 0.25},
+        "reference": {"kind": "ema", "alpha": 0.5},
+    }
+    parts = sick_parts(guarded(tmp_path, "roll_back", **overrides), 3, **COLLAPSE)
+    parts.seed_pairs = seeds(10)
+    parts.observer = Copying(parts.ledger.root, 3, tmp_path / "at 3")
+    run_rounds(parts)
+    ledger, gone = parts.ledger, Ledger(tmp_path / "at 3")
+    assert [(r["from"], r["to"]) for r in ledger.roll_backs()] == [(3, 2)]
+    scales = [ledger.committed(r).beta_scale for r in range(5)]
+    assert len(set(scales[1:])) > 1, "the controller does something here"
+    updates = [entry[1] for entry in parts.learner.log if entry[0] == "update"]
+    assert updates == [1, 2, 3, 3, 4]
+    assert parts.learner.betas[2] == parts.learner.betas[3] == [pytest.approx(0.1 * scales[2])]
+    assert ledger.round_row(3)["beta"] == gone.round_row(3)["beta"]
+    assert ledger.example_notes(3, "pairs")["seed_cursor"] == gone.example_notes(3, "pairs")["seed_cursor"]
+    key = ("prompt_id", "chosen", "rejected")
+    for round_ in (2, 3, 4):
+        earlier = [row for r in range(1, round_) for row in ledger.pairs(r).to_pylist() if row["source"] == "fresh"]
+        replayed = [row for row in ledger.pairs(round_).to_pylist() if row["source"] == "replay"]
+        assert replayed and all([row[k] for k in key] in [[e[k] for k in key] for e in earlier] for row in replayed)
+
+
 @pytest.mark.parametrize("round_", [1, 3])
 def test_a_step_that_is_not_finite(tmp_path, round_):
     warned = sick_parts(guarded(tmp_path / "a", "warn", "nonfinite"), round_, nonfinite=1)
@@ -254,14 +309,36 @@ def test_the_weights_to_go_back_to_are_kept(tmp_path, keep):
 
 
 class KlOfPolicy(SickLearner):
-    def __init__(self, config: Config, policy: int) -> None:
+    """The KL of some policies is far too high: of the first one before any roll-back, of the next one after one."""
+
+    def __init__(self, config: Config, *policies: int) -> None:
         super().__init__(config, 99)
-        self.policy = policy
+        self.policies = dict(enumerate(policies))
 
     def logps(self, pairs, policy):
-        ill = pairs["policy_version"][0].as_py() == self.policy and self.ledger.attempt == 0
+        ill = pairs["policy_version"][0].as_py() == self.policies.get(self.ledger.attempt)
         for batch in super().logps(pairs, policy):
             yield batch | {name: batch[name] * 0 - 1000 * ill for name in ("chosen", "rejected")}
+
+
+@pytest.mark.parametrize("keep", [2, None])
+def test_good_rounds_are_not_thrown_away_where_the_last_one_is_not_kept_any_more(tmp_path, keep):
+    """Round 6 goes back to 4; then policy 4 turns out to be ill too, and round 3, which is good, was pruned."""
+    config = guarded(tmp_path, "roll_back", "kl", run__keep_checkpoints=keep, loop__rounds=6)
+    parts = make_parts(config)
+    parts.learner = KlOfPolicy(config, 5, 4)
+    if keep is None:
+        run_rounds(parts)
+        assert [(r["from"], r["to"]) for r in parts.ledger.roll_backs()] == [(6, 4), (5, 3)]
+        return
+    with pytest.raises(GuardError, match="there is no good round before it whose weights are kept: policy 4 has a KL"):
+        run_rounds(parts)
+    parts.sampler.shutdown()
+    assert parts.ledger.last_committed() == 5, "not back to the start"
+    again = make_parts(config)
+    again.learner = KlOfPolicy(config)
+    run_rounds(again)
+    assert is_finished(config, again.ledger, evaluates=True)
 
 
 class OverFitted(SickLearner):
@@ -341,9 +418,19 @@ def test_early_stop_keeps_the_best_round(tmp_path, staleness):
     assert on.identity() == config.identity() and not is_finished(on, parts.ledger, evaluates=True)
 
 
-@pytest.mark.parametrize(
-    ("case", "staleness"), [("entropy", 0), ("entropy", 1), ("over_optimisation", 1), ("nonfinite", 1)]
-)
+MIXES: dict[tuple[str, int], dict[str, Any]] = {
+    ("entropy", 0): {
+        "reference": {"kind": "ema", "alpha": 0.5},
+        "beta_control": {"target_kl": 0.5},
+        "pairs": {"replay_share": 0.25, "seed_path": "s.jsonl", "seed_share": 0.25},
+    },
+    ("entropy", 1): {"reference": {"kind": "ema", "alpha": 0.5, "every": 2}, "pairs": {"replay_share": 0.4}},
+    ("over_optimisation", 1): {"eval": {"early_stop": {"patience": 3}}},
+    ("nonfinite", 1): {"loss": {"name": "kto"}, "pairs": {"replay_share": 0.4}},
+}
+
+
+@pytest.mark.parametrize(("case", "staleness"), list(MIXES))
 def test_killed_at_any_write_it_goes_back_and_ends_the_same(case, staleness, monkeypatch):
     """Dies before or after renames and removals, some of them while the run goes back, resumes, and compares all."""
     calls, die_at = 0, None
@@ -369,8 +456,9 @@ def test_killed_at_any_write_it_goes_back_and_ends_the_same(case, staleness, mon
             "reference": {"kind": "refresh", "every": 2},
             "prompts": {"path": "p", "heldout_size": 4},
             "loop__prompts_per_round": 4,
-        }
+        } | MIXES[case, staleness]
         parts = make_parts(guarded(folder, "roll_back", case, **overrides))
+        parts.seed_pairs = seeds(10) if parts.config.pairs.seed_path is not None else None
         ill = {"entropy": COLLAPSE, "nonfinite": {"nonfinite": 1.0}}
         over = case == "over_optimisation"
         parts.learner = OverFitted(parts.config) if over else SickLearner(parts.config, 3, **ill[case])

@@ -55,13 +55,14 @@ class Ill:
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
-def test_weights_and_optimizer_are_those_of_the_good_round(tmp_path, tiny_model, lora):
+@pytest.mark.parametrize("reference", [{"kind": "refresh", "every": 2}, {"kind": "ema", "alpha": 0.5}])
+def test_weights_and_optimizer_are_those_of_the_good_round(tmp_path, tiny_model, lora, reference):
     learner = learner_config(lora=lora, threads=1).model_dump(mode="json")
     config = make_config(
         tmp_path,
         model={"path": str(tiny_model)},
         learner=learner,
-        reference={"kind": "refresh", "every": 2},
+        reference=reference,
         guards={"entropy": {"action": "roll_back"}},
     )
     parts = make_parts(config)
