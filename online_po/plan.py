@@ -424,7 +424,7 @@ def _recipe_warnings(config: Config, seed_pairs: SeedPairs | None) -> list[str]:
     if reference.every == loop.rounds and reference.kind in ("refresh", "ema", "kl"):
         found.append(
             f"reference.kind is {reference.kind}, but with loop.rounds = {loop.rounds} the reference does not change "
-            "before the run is over; raise loop.rounds, or lower reference.every"
+            "before the run is over; raise loop.rounds" + (", or lower reference.every" if reference.every > 1 else "")
         )
     if stop is not None and stop.patience >= math.ceil(loop.rounds / config.eval.every):
         found.append(
