@@ -101,13 +101,15 @@ class FlatGuard(Guard):
     """Chosen and rejected are alike to the policy: nothing is learned."""
 
     sees = (
-        "`accuracy` within `max_edge` of 1/2 (or within two standard errors of a coin's, in small rounds) and `margin` "
-        "within `max_margin` of 0, `rounds` rounds on end"
+        "`accuracy` within `max_edge` of 1/2 (or within two standard errors of a coin's, in small rounds) and "
+        "`margin` / `beta` within `max_margin` of 0, `rounds` rounds on end"
     )
     remedy = "raise learner.learning_rate or pairs.min_margin, or use a judge with finer scores"
 
     max_edge: float = Field(0.05, gt=0, lt=0.5, description="Largest distance of accuracy from 1/2.")
-    max_margin: float = Field(0.01, gt=0, description="Largest mean margin of implicit rewards, either way.")
+    max_margin: float = Field(
+        0.1, gt=0, description="Largest mean margin of the log-ratios, in nats a response, either way."
+    )
     rounds: int = Field(2, ge=1, description="So many rounds on end.")
 
 

@@ -161,7 +161,8 @@ def _is_flat(guard: FlatGuard, row: Row) -> bool:
         return False
     # Two standard errors of a coin's share of heads: what chance alone gives for so few.
     chance = 1 / math.sqrt(row.get("pairs") or row.get("labels") or 1)
-    return abs(row["accuracy"] - 0.5) <= max(guard.max_edge, chance) and abs(row["margin"]) <= guard.max_margin
+    margin = row["margin"] / row["beta"]  # betas differ between losses by orders of magnitude
+    return abs(row["accuracy"] - 0.5) <= max(guard.max_edge, chance) and abs(margin) <= guard.max_margin
 
 
 def _nonfinite(guard: NonFiniteGuard, row: Row, earlier: Sequence[Row]) -> str | None:

@@ -28,6 +28,7 @@ HEALTHY = {
     "loss": 0.6,
     "accuracy": 0.7,
     "margin": 0.3,
+    "beta": 0.1,
     "entropy": 1.8,
     "distinct_2": 0.6,
     "length_mean": 100.0,
@@ -160,6 +161,12 @@ def test_over_optimisation_needs_both_a_near_perfect_fit_and_a_fall_beyond_noise
     assert evaluation_findings(guards, 4, 0.97, 2, comparison(-0.3, 0.1)) == []
     off = GuardsConfig.model_validate({"over_optimisation": {"action": "off"}})
     assert evaluation_findings(off, 4, 0.97, 2, comparison(-0.3, -0.1)) == []
+
+
+def test_flatness_is_in_nats_whatever_beta_is():
+    small = {"accuracy": 0.5, "margin": 0.004, "beta": 0.001}  # 4 nats apart, as SPPO's beta shows them
+    assert findings(row(2, **small), row(1, **small)) == []
+    assert findings(row(2, **small | {"beta": 0.1}), row(1, **small | {"beta": 0.1}))
 
 
 def test_a_small_round_is_flat_within_what_chance_gives():
