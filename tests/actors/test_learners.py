@@ -15,7 +15,7 @@ import ray
 from actors.learners import LearnerGroup
 from make_tiny_model import make_tiny_model
 from online_po.config import Config
-from online_po.errors import ConfigError, OnlinePOError
+from online_po.errors import ConfigError, NonFiniteError, OnlinePOError
 from online_po.types import Policy
 from tests.learner_setup import collect_logps, make_pairs
 
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"), kv_heads=2)
 
 
-def make_config(model: Path | str, ranks: int = 1, **ray_section: Any) -> Config:
+def make_config(model: Path | str, ranks: int = 1, nonfinite: str = "stop", **ray_section: Any) -> Config:
     return Config.parse(
         {
             "run": {"name": "test"},
@@ -46,6 +46,7 @@ def make_config(model: Path | str, ranks: int = 1, **ray_section: Any) -> Config
             },
             # Reads all that is known of a pair: logps, lengths and scores.
             "loss": [{"name": "odpo"}, {"name": "sft", "weight": 0.2}],
+            "guards": {"nonfinite": {"action": nonfinite}},
             "ray": ray_section,
         }
     )  # fmt: skip
@@ -93,9 +94,16 @@ def test_errors_keep_their_type_and_words(model: Path, ranks: int) -> None:
     assert type(caught.value) is ConfigError
     group.ready(120)
     broken = {side: np.full(12, np.nan, np.float32) for side in ("chosen", "rejected")}
-    with pytest.raises(OnlinePOError, match=r"^round 1, step 1 of 3: loss is nan"):
+    with pytest.raises(NonFiniteError, match=r"^round 1, step 1 of 3: loss is nan") as stopped:
         list(group.update(1, PAIRS, broken, None))
+    assert type(stopped.value) is NonFiniteError
+    # All ranks saw it in the same sums: they are still in step, for a run that goes back.
+    assert len(group.token_logps([5, 6, 7])) == 2
     group.close()
+    warned = LearnerGroup(make_config(model, ranks, nonfinite="warn"))
+    warned.ready(120)
+    assert [step["skipped"] for step in warned.update(1, PAIRS, broken, None)] == [1.0] * 3
+    warned.close()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
