@@ -52,9 +52,11 @@ def push_both_down(chosen_logps: Any, rejected_logps: Any) -> Any:
     return (chosen_logps + 2 * rejected_logps) / 20
 
 
-def poisoned(chosen_logps: Any, rejected_logps: Any, reference_chosen_logps: Any, reference_rejected_logps: Any) -> Any:
+def poisoned(
+    chosen_logps: Any, rejected_logps: Any, reference_chosen_logps: Any, reference_rejected_logps: Any, *, beta: float
+) -> Any:
     margins = chosen_logps - rejected_logps - reference_chosen_logps + reference_rejected_logps
-    losses = -torch.nn.functional.logsigmoid(0.1 * margins)
+    losses = -torch.nn.functional.logsigmoid(beta * margins)
     calls["poison"] -= 1
     return losses * float("nan") if calls["poison"] == 0 else losses
 
