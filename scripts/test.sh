@@ -14,5 +14,5 @@ python -m ruff check
 python -m ruff format --check
 python -m mypy
 python scripts/make_demo_model.py # the quickstart's model is made as on a new machine, and looked at
-# Two at a time, each on a core: most of a run of the loop is processes that start.
-OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadgroup "$@"
+
+python -m pytest "$@"
