@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side (pytest -n 2 --dist loadgroup), those of a file that share costly parts stay together."""
+    """Tests of a file that share costly parts stay together where tests run side by side (`-n 2 --dist loadgroup`)."""
     for item in items:
         together = any(item.get_closest_marker(name) for name in ("vllm", "distributed"))
         if together and item.path.name != "test_configs.py":  # whose runs have nothing in common
