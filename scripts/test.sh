@@ -14,5 +14,4 @@ python -m ruff check
 python -m ruff format --check
 python -m mypy
 python scripts/make_demo_model.py # the quickstart's model is made as on a new machine, and looked at
-
 python -m pytest "$@"

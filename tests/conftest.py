@@ -12,14 +12,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file that share costly parts stay together where tests run side by side (`-n 2 --dist loadgroup`)."""
-    for item in items:
-        together = any(item.get_closest_marker(name) for name in ("vllm", "distributed"))
-        if together and item.path.name != "test_configs.py":  # whose runs have nothing in common
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A tiny random Llama with a chat template: loads in transformers and vLLM."""
