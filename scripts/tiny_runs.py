@@ -119,9 +119,15 @@ class Bench:
 
 @contextmanager
 def bench(folder: Path) -> Iterator[Bench]:
-    """Starts Ray, one vLLM engine and one judge; ends them."""
+    """A bench in an empty folder."""
     made = Bench(folder=folder, model=make_tiny_model(folder / "model"))
-    config = made.config("first")
+    with serving(made, made.config("first")):
+        yield made
+
+
+@contextmanager
+def serving(made: Bench, config: Config) -> Iterator[None]:
+    """Starts Ray, and the engine and the judge of a config, for all runs inside the block; ends them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny matrices: two threads that wait for each other cost more than they do
     with ExitStack() as stack:
@@ -134,4 +140,4 @@ def bench(folder: Path) -> Iterator[Bench]:
         stack.callback(made.judges.close)
         for group in (made.generator, made.judges):
             group.ready(300.0)
-        yield made
+        yield
