@@ -27,8 +27,8 @@ import os, time
 
 def letters(prompt, response, metadata):
     """Share of lower-case letters and spaces among the first 40 characters; an empty response scores 0."""
-    if os.path.exists({slow!r}):
-        time.sleep(0.5)
+    while os.path.exists({hold!r}):
+        time.sleep(0.1)
     return sum(c.islower() or c == " " for c in response[:40]) / max(8, len(response[:40]))
 '''
 
@@ -39,7 +39,7 @@ RISE = 0.15
 def write_config(folder: Path, model: Path, **overrides: object) -> Path:
     """A run's config and everything it names, in a folder."""
     folder.mkdir(parents=True)
-    (folder / "letters_judge.py").write_text(JUDGE.format(slow=str(folder / "slow")))
+    (folder / "letters_judge.py").write_text(JUDGE.format(hold=str(folder / "hold")))
     rows = [{"prompt": f"say something about number {i}", "number": i} for i in range(80)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config: dict = {
@@ -48,7 +48,7 @@ def write_config(folder: Path, model: Path, **overrides: object) -> Path:
         "prompts": {"path": str(folder / "prompts.jsonl"), "heldout_size": 24, "max_tokens": 96},
         "loop": {"rounds": 3, "prompts_per_round": 32, "responses_per_prompt": 4},
         "generator": {"max_tokens": 24, "chunk_prompts": 8, "cpu_kv_cache_gib": 0.2, "threads": 1},
-        "judge": {"kind": "python", "function": "letters_judge:letters"},
+        "judge": {"kind": "python", "function": "letters_judge:letters", "timeout_s": 300.0},
         "learner": {
             "learning_rate": 3e-3,
             "global_batch_size": 8,
@@ -141,7 +141,6 @@ def test_stopped_by_ctrl_c_and_resumed_it_ends_the_same(finished, tmp_path, tiny
     folder = tmp_path / "stopped"
     config = write_config(folder, tiny_model)
     run = folder / "run"
-    (folder / "slow").touch()  # the judge takes its time: there is something to interrupt
     process = subprocess.Popen(
         [sys.executable, "-m", "online_po.cli", "run", str(config)],
         cwd=folder,
@@ -155,6 +154,7 @@ def test_stopped_by_ctrl_c_and_resumed_it_ends_the_same(finished, tmp_path, tiny
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    (folder / "hold").touch()  # the judge waits: there is something to interrupt, however slow this machine is
     assert re.search(r"rounds +1 of 3 committed", online_po("status", run, cwd=folder).stdout)
     refused = online_po("resume", run, cwd=folder, ok=False)
     assert refused.returncode == 3 and "in use by process" in refused.stderr
@@ -162,10 +162,10 @@ def test_stopped_by_ctrl_c_and_resumed_it_ends_the_same(finished, tmp_path, tiny
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 130, output
     assert "online-po resume" in output
-    (folder / "slow").unlink()
+    (folder / "hold").unlink()
     online_po("report", run, cwd=folder)
     assert (run / "report.html").stat().st_size > 100_000
-    assert re.search(r"rounds +[12] of 3 committed", online_po("status", run, cwd=folder).stdout)
+    assert re.search(r"rounds +1 of 3 committed", online_po("status", run, cwd=folder).stdout)
     online_po("resume", run, cwd=folder)
     assert re.search(r"rounds +3 of 3 committed", online_po("status", run, cwd=folder).stdout)
     assert fingerprint(run) == fingerprint(finished)
