@@ -14,7 +14,7 @@ from online_po.losses.dispatch import FUNCTIONS, tensor_parameters
 PAGE = Path(__file__).parents[1] / "docs" / "losses.md"
 HEAD = """# Losses
 
-<!-- Written by scripts/make_loss_table.py; edit online_po/loss_configs.py instead. -->
+<!-- Written by scripts/make_loss_table.py; edit online_po/loss_configs/ instead. -->
 
 Every loss is one pure function in `online_po/losses/`, checked in `tests/test_losses.py` against an independent
 formula. In a config, `loss: {name: rdpo, label_smoothing: 0.2}` is one loss; a list of such entries is a mixture, the
