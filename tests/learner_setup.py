@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pytest
 
 from online_po.loss_configs import LOSS_BY_NAME
 from online_po.sections import LearnerConfig, ModelConfig
@@ -16,17 +15,6 @@ from online_po.tables import LABEL_SCHEMA, PAIR_SCHEMA
 from online_po.types import Policy
 
 VOCABULARY = 384
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads, and waiting for each other on a busy machine costs seconds."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_pairs(count: int, seed: int = 0) -> pa.Table:

@@ -23,7 +23,6 @@ from tests.learner_setup import (
     learner_config,
     make_learner,
     make_pairs,
-    one_thread,  # noqa: F401
     plain_logps,
     start,
     train,

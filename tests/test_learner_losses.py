@@ -32,7 +32,6 @@ from tests.learner_setup import (
     make_labels,
     make_learner,
     make_pairs,
-    one_thread,  # noqa: F401
     start,
 )
 

@@ -29,7 +29,6 @@ from tests.learner_setup import (
     make_labels,
     make_learner,
     make_pairs,
-    one_thread,  # noqa: F401
 )
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_thread")]
@@ -139,7 +138,7 @@ def bfloat16(model: Path, ranks: int, compute_dtype: str = "bfloat16") -> dict[s
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str, Any]:  # noqa: F811
+def runs(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("ranks")
     model = make_tiny_model(out / "model", kv_heads=2)
     found: dict[str, Any] = {"out": out, "model": model}

@@ -19,7 +19,7 @@ from online_po import logps as logps_module
 from online_po.batching import PAIR_SIDES, Examples, MicroBatch, collate
 from online_po.errors import ConfigError
 from online_po.logps import LogpModel, float32_weights, logits_of, require_known_head
-from tests.learner_setup import VOCABULARY, make_pairs, one_thread  # noqa: F401
+from tests.learner_setup import VOCABULARY, make_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -23,7 +23,6 @@ from tests.learner_setup import (
     learner_config,
     make_learner,
     make_pairs,
-    one_thread,  # noqa: F401
 )
 from tests.reference_runs import (
     LORA,
@@ -119,7 +118,7 @@ def bfloat16(model: Path, out: Path, ranks: int) -> list[dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> tuple[Path, Path]:  # noqa: F811
+def runs(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> tuple[Path, Path]:
     out = tmp_path_factory.mktemp("ranks")
     model = make_tiny_model(out / "model", kv_heads=2)
     for kind, weights in CASES:

@@ -14,7 +14,7 @@ from online_po.ledger import Ledger
 from online_po.loop import run_rounds
 from online_po.types import Policy, SyncReport
 from tests.fakes import FakeGenerator, make_config
-from tests.learner_setup import learner_config, make_learner, make_pairs, one_thread  # noqa: F401 - a fixture
+from tests.learner_setup import learner_config, make_learner, make_pairs
 from tests.test_loop import make_parts
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -23,19 +23,12 @@ from tests.actors.engines import (
     teacher_forced,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def engine(tiny_model):
     return make_engine(tiny_model)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A tiny model gains nothing from more, and waits long for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_engine(path, **generator):
