@@ -13,11 +13,12 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from judges.asking import Asker
 from judges.calls import describe
 from judges.runtime import build_judge, judge_groups
 from online_po.config import Config
 from online_po.errors import EngineError, OnlinePOError
-from online_po.sections import JudgeConfig
+from online_po.judge_configs import JudgeBase
 from online_po.types import Group, Judgement
 
 
@@ -55,7 +56,7 @@ class JudgeGroup:
                 raise error.cause from error
             raise EngineError(f"a judge process could not start: {_short(error)}") from error
 
-    def submit(self, groups: Sequence[Group]) -> Future[list[Judgement]]:
+    def submit(self, groups: Sequence[Group], round_: int = 0) -> Future[list[Judgement]]:
         """One judgement per group, in order; EngineError if the process dies before it answers."""
         with self._lock:
             index = self._load.index(min(self._load))
@@ -91,14 +92,14 @@ class JudgeGroup:
 class _JudgeWorker:
     """One judge process: an asynchronous actor, so that calls of many groups overlap."""
 
-    def __init__(self, config: JudgeConfig, search_path: list[str]) -> None:
+    def __init__(self, config: JudgeBase, search_path: list[str]) -> None:
         self._config = config
         sys.path.extend(folder for folder in search_path if folder not in sys.path)
 
     async def ready(self) -> None:
         # Importing the user's module may take long; the actor's event loop stays free. Not in the
         # constructor: an error there would reach the driver as text only.
-        self._judge: Any = await asyncio.to_thread(build_judge, self._config)
+        self._judge: Any = await asyncio.to_thread(build_judge, self._config, Asker(self._config))
 
     async def judge(self, groups: list[Group]) -> list[Judgement]:
         return await judge_groups(self._judge, groups)

@@ -24,9 +24,15 @@ class Judge(Protocol):
 class JudgeError(Exception):
     """A judge could not label a group."""
 
-    def __init__(self, kind: FailureKind, message: str) -> None:
+    def __init__(
+        self, kind: FailureKind, message: str, *, retry: bool = False, retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.kind: FailureKind = kind
+        self.retry = retry
+        """Whether asking again may help."""
+        self.retry_after = retry_after
+        """Seconds that whoever was asked wants us to wait first."""
 
 
 def failed(group: Group, kind: FailureKind, message: str) -> Judgement:

@@ -8,12 +8,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from judges.asking import Answer, Asker, Question
 from judges.calls import Calls
 from judges.protocol import JudgeError, scored, to_score
 from online_po import user_code
 from online_po.errors import ConfigError
-from online_po.sections import JudgeConfig
-from online_po.types import Group, Judgement
+from online_po.judge_configs import Python
+from online_po.types import Group, Judgement, Response
 
 
 class PythonJudge:
@@ -27,34 +28,42 @@ class PythonJudge:
     label.
     """
 
-    def __init__(self, config: JudgeConfig) -> None:
-        self._function = load_function(str(config.function))
+    def __init__(self, config: Python, asker: Asker) -> None:
+        self._function = load_function(config.function)
         self._scope = config.scope
+        self._asker = asker
         self._calls = Calls(config.concurrency, config.timeout_s)
 
     async def judge(self, group: Group) -> Judgement:
-        texts = [response.text for response in group.responses]
         if self._scope == "group":
-            result = await self._call(group, texts)
-            return scored(group, _to_list(result))
+            return scored(group, await self._ask(group, group.responses))
         async with asyncio.TaskGroup() as tasks:
-            asked = [tasks.create_task(self._outcome(group, index, text)) for index, text in enumerate(texts)]
+            asked = [tasks.create_task(self._outcome(group, response)) for response in group.responses]
         outcomes = [task.result() for task in asked]
         for outcome in outcomes:
             if isinstance(outcome, JudgeError):
                 raise outcome
         return scored(group, outcomes)
 
-    async def _outcome(self, group: Group, index: int, text: str) -> float | JudgeError:
+    async def _outcome(self, group: Group, response: Response) -> float | JudgeError:
         try:
-            return to_score(await self._call(group, text), "the score")
+            return float(await self._ask(group, (response,)))
         except JudgeError as error:
-            return JudgeError(error.kind, f"response {index}: {error}")
+            return JudgeError(error.kind, f"response {response.index}: {error}")
 
-    async def _call(self, group: Group, what: str | list[str]) -> Any:
-        prompt = group.prompt
-        messages = [dict(message) for message in prompt.messages]
-        return await self._calls.call(self._function, messages, what, copy.deepcopy(prompt.metadata))
+    async def _ask(self, group: Group, responses: tuple[Response, ...]) -> Any:
+        """A score, or for scope: group a list of as many scores as responses."""
+        prompt, texts = group.prompt, [response.text for response in responses]
+
+        async def call() -> Answer:
+            what = texts if self._scope == "group" else texts[0]
+            messages = [dict(message) for message in prompt.messages]
+            result = await self._calls.call(self._function, messages, what, copy.deepcopy(prompt.metadata))
+            if self._scope == "group":
+                return Answer(value=list(scored(group, _to_list(result)).scores or ()))
+            return Answer(value=to_score(result, "the score"))
+
+        return (await self._asker.ask(Question(prompt=prompt, responses=responses), call)).value
 
 
 def _to_list(result: Any) -> list[Any]:

@@ -7,34 +7,41 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 
+from judges.asking import Asker
 from judges.calls import describe
 from judges.protocol import Judge, JudgeError, failed
 from judges.python import PythonJudge, load_function
 from judges.rules import RulesJudge
-from online_po.sections import JudgeConfig
+from online_po.errors import ConfigError
+from online_po.judge_configs import JudgeBase, Python, Rules
 from online_po.types import Group, Judgement
 
 
-def check_judge(config: JudgeConfig) -> None:
+def check_judge(config: JudgeBase) -> None:
     """Finds out, before anything expensive, what makes a judge unusable. Raises ConfigError.
 
     Imports the user's module. The constraints of the `rules` judge are in the prompts: see
     `judges.rules.validate_constraints`.
     """
-    match config.kind:
-        case "rules":
+    match config:
+        case Rules():
             pass
-        case "python":
-            load_function(str(config.function))
+        case Python():
+            load_function(config.function)
+        case _:
+            raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 
 
-def build_judge(config: JudgeConfig) -> Judge:
-    """The judge that a config names. Raises ConfigError as `check_judge` does."""
-    match config.kind:
-        case "rules":
+def build_judge(config: JudgeBase, asker: Asker | None = None) -> Judge:
+    """The judge that a config names; without an asker, one without memory. Raises ConfigError as `check_judge` does."""
+    asker = asker or Asker(config)
+    match config:
+        case Rules():
             return RulesJudge()
-        case "python":
-            return PythonJudge(config)
+        case Python():
+            return PythonJudge(config, asker)
+        case _:
+            raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 
 
 async def judge_groups(judge: Judge, groups: Sequence[Group]) -> list[Judgement]:
@@ -54,13 +61,13 @@ async def _judge_one(judge: Judge, group: Group) -> Judgement:
 class LocalJudgePool:
     """A `protocols.JudgePool` in a thread of this process, without Ray."""
 
-    def __init__(self, config: JudgeConfig) -> None:
+    def __init__(self, config: JudgeBase) -> None:
         self._judge = build_judge(config)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judges", daemon=True)
         self._thread.start()
 
-    def submit(self, groups: Sequence[Group]) -> Future[list[Judgement]]:
+    def submit(self, groups: Sequence[Group], round_: int = 0) -> Future[list[Judgement]]:
         """One judgement per group, in order."""
         return asyncio.run_coroutine_threadsafe(judge_groups(self._judge, groups), self._loop)
 

@@ -18,13 +18,13 @@ from online_po.errors import ConfigError
 from online_po.example_checks import check_examples
 from online_po.example_configs import LabelsConfig, PairsConfig
 from online_po.guard_configs import GuardsConfig, check_guards
+from online_po.judge_configs import JUDGE_BY_KIND, JudgeConfig, Member, Rules
 from online_po.loss_checks import check_losses
 from online_po.loss_configs import LOSS_BY_NAME, LossBase, LossName, Sigmoid
 from online_po.reference_configs import BetaControlConfig, ReferenceConfig
 from online_po.sections import (
     EvalConfig,
     GeneratorConfig,
-    JudgeConfig,
     LearnerConfig,
     LoopConfig,
     ModelConfig,
@@ -65,7 +65,7 @@ class Config(Section):
     prompts: PromptsConfig
     loop: LoopConfig = LoopConfig()  # type: ignore[call-arg]
     generator: GeneratorConfig = GeneratorConfig()  # type: ignore[call-arg]
-    judge: JudgeConfig = JudgeConfig()  # type: ignore[call-arg]
+    judge: JudgeConfig = Rules()  # type: ignore[call-arg]
     pairs: PairsConfig = PairsConfig()  # type: ignore[call-arg]
     labels: LabelsConfig = LabelsConfig()  # type: ignore[call-arg]
     loss: Annotated[tuple[LossName, ...], BeforeValidator(_as_list)] = (Sigmoid(),)  # type: ignore[call-arg]
@@ -183,7 +183,7 @@ class Config(Section):
         rules = [
             (self.pairs.strategy != "top_bottom_k", "pairs", ("k",), "pairs.strategy: top_bottom_k"),
             (self.labels.rule != "top_bottom", "labels", ("share",), "labels.rule: top_bottom"),
-            (self.judge.kind == "rules", "judge", ("timeout_s", "concurrency"), "judge.kind: python"),
+            (self.judge.kind == "rules", "judge", ("timeout_s", "concurrency"), "another judge.kind"),
             (self.generator.engine != "vllm", "generator", vllm_only, "generator.engine: vllm"),
             (self.learner.schedule == "constant", "learner", ("min_lr_ratio",), "another learner.schedule"),
             (self.eval.every == 0, "eval", evaluation, "eval.every above 0"),
@@ -255,12 +255,13 @@ class Config(Section):
                 "prompts": {"path", "dataset", "subset", "split", "heldout_path"},
                 "pairs": {"seed_path"},
                 "generator": {"replicas", "threads", "gpu_memory_utilization", "cpu_kv_cache_gib", "sync_tolerance"},
-                "judge": {"workers", "concurrency", "timeout_s", "max_failure_rate"},
+                "judge": True,
                 "learner": {"threads"},
             },
         )
         rolling = self.guards.model_dump(mode="json", include=set(self.guards.rolling_back))
-        return shapes | ({"guards": rolling} if rolling else {})
+        judge = self.judge.identity() | self.judge.model_dump(mode="json", include={"length", "bradley_terry_scale"})
+        return shapes | {"judge": judge} | ({"guards": rolling} if rolling else {})
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -293,6 +294,11 @@ class Config(Section):
 def _explain(item: Any) -> str:
     """One pydantic error as one line: the field, the value, what to do."""
     location = [str(part) for part in item["loc"] if not str(part).startswith(("tuple[", "literal["))]
+    if item["type"] == "union_tag_invalid" and location[:1] == ["judge"]:
+        tag = item["ctx"]["tag"]
+        near = difflib.get_close_matches(tag, JUDGE_BY_KIND, 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(JUDGE_BY_KIND)}"
+        return f"{'.'.join(location)}.kind is {tag!r}, which is no judge; {hint}"
     if item["type"] == "union_tag_invalid":
         tag = item["ctx"]["tag"]
         near = [*filter(None, [OTHER_NAMES.get(tag.lower())])] or difflib.get_close_matches(tag, LOSS_BY_NAME, 1, 0.5)
@@ -301,14 +307,18 @@ def _explain(item: Any) -> str:
     known = _keys_at(location[:-1]) if item["type"] == "extra_forbidden" else []
     if location[:1] == ["loss"]:
         location = [location[0], *location[3:]]  # without its place in a list and its name
+    if location[:1] == ["judge"]:
+        location = [part for part in location if part not in JUDGE_BY_KIND]
     where = ".".join(location)
     if item["type"] == "extra_forbidden":
+        if location[:1] == ["judge"] and (kinds := _kinds_with(location[-1])):
+            return f"{where} is for judge.kind: {' and '.join(kinds)}; drop it, or set the kind"
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{where}: required, but not given"
-    if item["type"] == "model_type":
+    if item["type"] in ("model_type", "model_attributes_type"):
         return f"{where} is {item['input']!r}, but it is a section; give keys below it, or leave it out"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
@@ -316,10 +326,19 @@ def _explain(item: Any) -> str:
     return f"{where}: {message[0].lower()}{message[1:]} (got {item['input']!r})"
 
 
+def _kinds_with(key: str) -> list[str]:
+    return [kind for kind, judge in JUDGE_BY_KIND.items() if key in judge.model_fields]
+
+
 def _keys_at(location: list[str]) -> list[str]:
     if location[:1] == ["loss"]:
         return list(LOSS_BY_NAME[location[2]].model_fields)
     model: type[BaseModel] = Config
+    if location[:1] == ["judge"]:
+        kind = max(place for place, part in enumerate(location) if part in JUDGE_BY_KIND)
+        model, location = JUDGE_BY_KIND[location[kind]], location[kind + 1 :]
+        if location[:1] == ["members"]:
+            return list(Member.model_fields)
     for part in location:
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]

@@ -35,6 +35,10 @@ class JudgeFailureRateError(OnlinePOError):
     """More groups failed in the judge than `judge.max_failure_rate` allows."""
 
 
+class BudgetError(OnlinePOError):
+    """`judge.budget` is spent: the run pauses, and goes on with a higher one."""
+
+
 class SyncError(OnlinePOError):
     """A generator does not hold the weights it should hold."""
 

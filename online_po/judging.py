@@ -78,7 +78,7 @@ class Judging:
         judging = self.open.setdefault(part, _OpenPart(size=size, unanswered=size))
         for place, group in groups.items():
             judging.judgements[place] = Judgement(prompt_id=group.prompt.id, failure=UNANSWERED)
-        future = self.parts.judges.submit(list(groups.values()))
+        future = self.parts.judges.submit(list(groups.values()), self.round)
         self.asked[future] = part, list(groups)
         self.waiting += len(groups)
         future.add_done_callback(self.answered.put)

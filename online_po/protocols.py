@@ -40,8 +40,9 @@ class Generator(Protocol):
 class JudgePool(Protocol):
     """Judges groups somewhere else while the caller goes on."""
 
-    def submit(self, groups: Sequence[Group]) -> Future[list[Judgement]]:
-        """One judgement per group, in order. A judge's error is a JudgeFailure, never an exception."""
+    def submit(self, groups: Sequence[Group], round_: int = 0) -> Future[list[Judgement]]:
+        """One judgement per group, in order. A judge's error is a JudgeFailure, never an exception; BudgetError where
+        `judge.budget` is spent. `round_`: what the calls count for."""
         ...
 
 

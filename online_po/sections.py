@@ -164,46 +164,6 @@ class GeneratorConfig(SamplingConfig):
     )
 
 
-class JudgeConfig(Section):
-    """Who says which response is better."""
-
-    kind: Literal["rules", "python"] = Field(
-        "rules", description="rules: verifiable constraints in prompt metadata. python: your function."
-    )
-    function: str | None = Field(None, description="For python: `module:function`, sync or async.")
-    scope: Literal["response", "group"] = Field(
-        "response",
-        description="For python: called with (prompt, response, metadata) and giving one score, or called with "
-        "(prompt, responses, metadata) and giving one score per response.",
-    )
-    bradley_terry_scale: float | None = Field(
-        None,
-        gt=0,
-        description="The judge's scores are Bradley-Terry rewards (Bradley & Terry 1952): chosen beats rejected with "
-        "probability sigmoid(score gap / scale). 1 for a reward model trained on pairs. Written to pairs.parquet as "
-        "`preference_probability`, and read by loss sppo with probability: soft. null: the judge gives no "
-        "probabilities.",
-    )
-    workers: int = Field(1, ge=1, description="Judge processes.")
-    concurrency: int = Field(8, ge=1, description="Calls in flight in one judge process.")
-    timeout_s: float = Field(60.0, gt=0, description="Seconds after which one call counts as failed.")
-    max_failure_rate: float = Field(
-        0.05, ge=0, le=1, description="The round stops if a larger share of its groups could not be judged."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> JudgeConfig:
-        if self.kind == "python" and not self.function:
-            raise ValueError("judge.kind is python, so judge.function must be given as `module:function`")
-        if self.kind != "python" and self.function:
-            raise ValueError(f"judge.function is for judge.kind: python, not {self.kind}")
-        if self.function and not all(part.strip() for part in self.function.partition(":")[::2]):
-            raise ValueError(f"judge.function is {self.function!r}; write it as `module:function`")
-        if self.kind != "python" and self.scope != "response":
-            raise ValueError(f"judge.scope is for judge.kind: python, not {self.kind}")
-        return self
-
-
 class LoraConfig(Section):
     """Low-rank adapters (LoRA, Hu et al. 2021); without this section all weights are trained."""
 
@@ -305,6 +265,12 @@ class RayConfig(Section):
         "are too few, else 0.",
     )
     judge_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for one judge process.")
+    judge_gpus: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs of one judge process. null: for judges that hold a model 1 where the cluster has GPUs, a "
+        "share where there are too few, else 0.",
+    )
     startup_timeout_s: float = Field(600.0, gt=0, description="Seconds to wait for actors to be ready.")
 
     @model_validator(mode="after")
@@ -318,7 +284,7 @@ class RayConfig(Section):
             raise ValueError(
                 f"ray.learner_gpus is {self.learner_gpus:g}, but a learner rank uses one GPU; use more learner.ranks"
             )
-        for name, unit in (("generator_gpus", "GPUs"), ("judge_cpus", "CPUs")):
+        for name, unit in (("generator_gpus", "GPUs"), ("judge_gpus", "GPUs"), ("judge_cpus", "CPUs")):
             amount = getattr(self, name)
             if amount is not None and amount > 1 and amount != int(amount):
                 raise ValueError(f"ray.{name} is {amount:g}; above 1, Ray gives only whole {unit}: use a whole number")

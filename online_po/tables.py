@@ -6,6 +6,7 @@ conversational preference data set (prompt, chosen, rejected) in TRL and others.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from online_po.types import (
+    Comparison,
     FinishReason,
     GivenResponse,
     Group,
@@ -50,6 +52,12 @@ RESPONSE_SCHEMA = pa.schema(
     ]
 )
 
+COMPARISON = (
+    ("first", pa.int32()),
+    ("second", pa.int32()),
+    ("preference", pa.float64()),
+    ("consistent", pa.bool_()),
+)
 JUDGEMENT_SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -57,6 +65,7 @@ JUDGEMENT_SCHEMA = pa.schema(
         ("rationales", pa.list_(pa.string())),
         ("failure_kind", pa.string()),
         ("failure_message", pa.string()),
+        ("comparisons", pa.list_(pa.struct(COMPARISON))),  # null: the judge scores each response by itself
     ]
 )
 
@@ -214,6 +223,7 @@ def judgements_to_table(judgements: Iterable[Judgement]) -> pa.Table:
                 j.rationales,
                 j.failure.kind if j.failure else None,
                 j.failure.message if j.failure else None,
+                None if j.comparisons is None else [dataclasses.asdict(c) for c in j.comparisons],
             )
             for j in judgements
         ),
@@ -229,8 +239,9 @@ def table_to_judgements(table: pa.Table) -> list[Judgement]:
             scores=None if scores is None else tuple(scores),
             rationales=None if rationales is None else tuple(rationales),
             failure=None if kind is None else JudgeFailure(kind=kind, message=message),
+            comparisons=None if comparisons is None else tuple(Comparison(**c) for c in comparisons),
         )
-        for prompt_id, scores, rationales, kind, message in zip(*columns, strict=True)
+        for prompt_id, scores, rationales, kind, message, comparisons in zip(*columns, strict=True)
     ]
 
 

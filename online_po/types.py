@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
-FailureKind = Literal["timeout", "error", "bad_value", "bad_length", "unanswered"]
+FailureKind = Literal[
+    "timeout",  # no answer in time
+    "transport",  # the endpoint could not be reached, or would not serve, after all attempts
+    "refusal",  # it declined to judge
+    "unparsable",  # an answer, but no verdict in it
+    "bad_value",  # a verdict that is no number, or out of range
+    "bad_length",  # another number of verdicts than of responses
+    "abstained",  # judges that disagree too much
+    "error",  # anything else
+    "unanswered",  # the run stopped before the judge answered
+]
 
 Message = dict[str, str]
 """One chat message: {"role": "system" | "user" | "assistant", "content": text}."""
@@ -75,6 +85,19 @@ class JudgeFailure:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Two responses of a group against each other, both orders combined."""
+
+    first: int
+    second: int
+    """`Response.index` of the two; first < second."""
+    preference: float
+    """Probability that the first is the better one; 0.5 is a tie."""
+    consistent: bool
+    """Whether both orders say the same; True where only one was asked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
     """A judge's verdict on one group: exactly one of `scores` and `failure` is set."""
 
@@ -84,6 +107,8 @@ class Judgement:
     rationales: tuple[str, ...] | None = None
     """One short explanation per response, where the judge gives them."""
     failure: JudgeFailure | None = None
+    comparisons: tuple[Comparison, ...] | None = None
+    """What the scores were made of, where the judge compares responses two by two."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,12 +14,18 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from online_po.config import Config
+from online_po.judge_configs import JUDGES, JudgeBase, Rules
 from online_po.loss_configs import Sigmoid
+from online_po.sections import Section
 
 README = Path(__file__).parents[1] / "README.md"
 LOSS_NOTE = (
     "These are the options of the default loss. [docs/losses.md](docs/losses.md) has all losses with theirs. A list, "
     "such as `loss: [{name: sigmoid}, {name: sft, weight: 0.2}]`, is a mixture."
+)
+JUDGE_NOTE = (
+    "Every kind of judge has the keys of `rules` as well. [docs/judges.md](docs/judges.md) has a config that runs for "
+    "each."
 )
 BEGIN, END = "<!-- config reference: begin (generated) -->", "<!-- config reference: end -->"
 
@@ -37,17 +43,20 @@ def type_name(annotation: object) -> str:
         return "path" if "_local" in repr(args) else type_name(args[0])
     if origin is tuple:
         return f"list of {type_name(args[0])}"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if origin is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         return "section"
     return {"str": "text", "int": "integer", "float": "number", "bool": "true/false"}[annotation.__name__]  # type: ignore[attr-defined]
 
 
-def section(name: str, model: type[BaseModel]) -> list[str]:
-    """One section as Markdown, its sub-sections after it."""
+def section(name: str, model: type[BaseModel], without: type[BaseModel] = Section) -> list[str]:
+    """One section as Markdown, its sub-sections after it; `without`: a base whose fields are left out where they are
+    the same."""
     lines = [f"#### `{name}`", "", (model.__doc__ or "").strip(), "", "| key | type | default | what it does |"]
     lines.append("|---|---|---|---|")
     nested: list[str] = []
     for key, field in model.model_fields.items():
+        if key in without.model_fields and repr(field) == repr(without.model_fields[key]):
+            continue
         sub = [field.annotation, *typing.get_args(field.annotation)]
         for candidate in sub:
             if isinstance(candidate, type) and issubclass(candidate, BaseModel):
@@ -81,6 +90,15 @@ def reference() -> str:
     for name, field in Config.model_fields.items():
         if name == "loss":
             lines += [*section(name, Sigmoid), "", LOSS_NOTE, ""]
+            continue
+        if name == "judge":
+            for judge in JUDGES:
+                kind = judge.model_fields["kind"].default
+                lines += [
+                    *section(f"{name}` of kind `{kind}", judge, without=JudgeBase if judge is not Rules else Section),
+                    "",
+                ]
+            lines += [JUDGE_NOTE, ""]
             continue
         (model,) = (a for a in (field.annotation, *typing.get_args(field.annotation)) if isinstance(a, type(Config)))
         lines += [*section(name, model), ""]

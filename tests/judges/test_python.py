@@ -6,7 +6,7 @@ import pytest
 
 from judges.runtime import LocalJudgePool, build_judge, check_judge, judge_groups
 from online_po.errors import ConfigError
-from online_po.sections import JudgeConfig
+from online_po.judge_configs import Python
 
 from . import groups as users
 from .groups import make_group
@@ -15,7 +15,7 @@ HERE = users.__name__
 
 
 def config(function, **settings):
-    return JudgeConfig(kind="python", function=f"{HERE}:{function}", **settings)
+    return Python(function=f"{HERE}:{function}", **settings)
 
 
 def judge(function, *groups, **settings):
@@ -174,7 +174,7 @@ def test_good_functions(function):
 )
 def test_bad_functions(name, message):
     with pytest.raises(ConfigError, match=rf"judge\.function is .*{message}"):
-        check_judge(JudgeConfig(kind="python", function=name))
+        check_judge(Python(function=name))
 
 
 def test_modules_in_the_working_folder(tmp_path, monkeypatch):
@@ -183,11 +183,11 @@ def test_modules_in_the_working_folder(tmp_path, monkeypatch):
     (tmp_path / "raising_xyz.py").write_text("raise OSError('no weights')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(__import__("sys").path))
-    check_judge(JudgeConfig(kind="python", function="my_rewards_xyz:f"))
+    check_judge(Python(function="my_rewards_xyz:f"))
     for module, message in (
         ("my_reward_xyz", "did you mean 'my_rewards_xyz'"),
         ("broken_xyz", "importing 'broken_xyz' fails with ModuleNotFoundError: No module named 'no_such_thing_xyz'"),
         ("raising_xyz", "importing 'raising_xyz' fails with OSError: no weights"),
     ):
         with pytest.raises(ConfigError, match=message):
-            check_judge(JudgeConfig(kind="python", function=f"{module}:f"))
+            check_judge(Python(function=f"{module}:f"))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from judges.rules import CONSTRAINTS, read_constraints, score_response, validate_constraints
 from judges.runtime import build_judge, check_judge, judge_groups
 from online_po.errors import ConfigError
-from online_po.sections import JudgeConfig
+from online_po.judge_configs import Rules
 
 from .groups import make_group
 
@@ -114,7 +114,7 @@ def test_judge():
     group = make_group("a, b", "a b", "", metadata={"constraints": [{"type": "no_commas"}]})
     bad = make_group("a", metadata={"constraints": [{"type": "no_comas"}]})
     none = make_group("a")
-    config = JudgeConfig()
+    config = Rules()
     check_judge(config)
     verdicts = asyncio.run(judge_groups(build_judge(config), [group, bad, none]))
     assert verdicts[0].scores == (0.5, 1.0, 0.0)

@@ -1,0 +1,63 @@
+"""The one way a judge asks for anything: remembered, counted, limited, tried again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from online_po.judge_configs import JudgeBase
+from online_po.types import Prompt, Response
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a judge is asked, as the cache knows it."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+    """In the order in which the judge is shown them."""
+    sample: int = 0
+    """The same asked again on purpose (`samples`)."""
+    about: str = ""
+    """What else the question says, drawn principles say."""
+
+    def key(self, judge: str) -> str:
+        """Hash of the judge's identity and all that is asked: prompt, metadata, each response's text and ids, order."""
+        parts = [judge, self.prompt.messages, self.prompt.metadata, self.sample, self.about]
+        parts += [(response.text, response.token_ids) for response in self.responses]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a judge says, checked already: only verdicts are ever remembered, never failures."""
+
+    value: Any
+    """JSON: a score, the probability that the first response is the better one, or a list of scores."""
+    rationale: str | None = None
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+    cost: float = 0.0
+    cut: bool = False
+    """Whether something was longer than the judge's context."""
+
+
+class Asker:
+    """Asks for one judge."""
+
+    def __init__(self, config: JudgeBase) -> None:
+        self.config = config
+
+    async def ask(self, question: Question, call: Callable[[], Awaitable[Answer]]) -> Answer:
+        """The remembered answer, or what `call` gives.
+
+        Raises JudgeError for a call that failed for good, BudgetError when `judge.budget` is spent.
+        """
+        return await call()
+
+    def member(self, config: JudgeBase) -> Asker:
+        """For a judge of an ensemble: another identity, the same memory and budget."""
+        return Asker(config)

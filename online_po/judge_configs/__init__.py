@@ -1,0 +1,36 @@
+"""Section `judge`: who says which response is better. Imports neither torch nor ray.
+
+One class a kind; `judges.runtime.build_judge` makes the judge of each.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, get_args
+
+from pydantic import BeforeValidator, Field
+
+from online_po.judge_configs.base import JudgeBase
+from online_po.judge_configs.ensemble import Ensemble, Member, SingleJudge
+from online_po.judge_configs.local import Implicit, Plugin, Python, RewardModel, Rules
+from online_po.judge_configs.prompted import Endpoint, LlmPairwise, LlmScore, SelfPairwise, SelfScore
+
+__all__ = [
+    "JUDGE_BY_KIND", "Endpoint", "Ensemble", "Implicit", "JudgeBase", "JudgeConfig", "LlmPairwise", "LlmScore",
+    "Member", "Plugin", "Python", "RewardModel", "Rules", "SelfPairwise", "SelfScore", "SingleJudge",
+]  # fmt: skip
+
+
+def _with_kind(value: Any) -> Any:
+    """Without a kind it is the rules judge."""
+    return {"kind": "rules", **value} if isinstance(value, dict) else value
+
+
+AnyJudge = Annotated[
+    Rules | Python | Plugin | RewardModel | Implicit | LlmScore | LlmPairwise | SelfScore | SelfPairwise | Ensemble,
+    Field(discriminator="kind"),
+]
+JudgeConfig = Annotated[AnyJudge, BeforeValidator(_with_kind)]
+"""Any judge, told apart by its kind."""
+
+JUDGES: tuple[type[JudgeBase], ...] = get_args(get_args(AnyJudge)[0])
+JUDGE_BY_KIND: dict[str, type[JudgeBase]] = {judge.model_fields["kind"].default: judge for judge in JUDGES}

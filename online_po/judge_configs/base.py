@@ -1,0 +1,117 @@
+"""What all judges have: processes, budget, known pairs, length handling."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from online_po.sections import LocalPath, Section
+
+
+class BudgetConfig(Section):
+    """What judging may cost. Spent, the run stops cleanly: everything judged is kept, and `online-po resume` goes on
+    once the budget is higher. Calls to the judge count, answers from the cache do not."""
+
+    calls_per_round: int | None = Field(None, ge=1, description="Calls in one round, its evaluation included.")
+    calls: int | None = Field(None, ge=1, description="Calls in the whole run.")
+    money_per_round: float | None = Field(
+        None, gt=0, description="Money for one round, in the currency of judge.prompt_price and judge.response_price."
+    )
+    money: float | None = Field(None, gt=0, description="Money for the whole run.")
+
+    @property
+    def counts_money(self) -> bool:
+        return self.money is not None or self.money_per_round is not None
+
+
+class PreflightConfig(Section):
+    """The judge is tried on pairs of which the better response is known before the run starts."""
+
+    min_accuracy: float = Field(
+        0.6,
+        ge=0,
+        le=1,
+        description="Share of the known pairs that it must get right; 0: it is only told of.",
+    )
+    min_consistency: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of them that a pairwise judge must judge alike in both orders.",
+    )
+
+
+class CalibrationConfig(Section):
+    """The judge is tried on `judge.gold` again while the run goes on."""
+
+    every: int = Field(0, ge=0, description="Rounds between two trials; 0: only before the run.")
+    max_drop: float = Field(
+        0.1, gt=0, le=1, description="A larger fall of its accuracy below the preflight's is an alarm."
+    )
+
+
+class LengthConfig(Section):
+    """Takes length out of the scores of any judge. The judge's own scores are kept beside the adjusted ones."""
+
+    penalty_per_token: float = Field(0.0, ge=0, description="Taken off a response's score for each of its tokens.")
+    regress: bool = Field(
+        False,
+        description="The round's linear trend of score over length, within prompts, is taken out of its scores.",
+    )
+
+    @property
+    def used(self) -> bool:
+        return self.regress or self.penalty_per_token > 0
+
+
+class JudgeBase(Section):
+    """What every judge has. Fields of `RUN_FIELDS` are the run's: the members of an ensemble cannot have them."""
+
+    RUN_FIELDS: ClassVar[frozenset[str]] = frozenset(
+        {"workers", "max_failure_rate", "bradley_terry_scale", "gold", "preflight", "calibration", "budget", "length"}
+    )
+    NO_VERDICT: ClassVar[frozenset[str]] = RUN_FIELDS | {"concurrency", "timeout_s"}
+    """Fields that change no answer: not part of a judge's identity in the cache."""
+    cached: ClassVar[bool] = True
+    """Whether answers are kept in the run's judge cache."""
+    pairwise: ClassVar[bool] = False
+    """Whether it is shown two responses at a time."""
+
+    kind: str
+    workers: int = Field(1, ge=1, description="Judge processes.")
+    timeout_s: float = Field(60.0, gt=0, description="Seconds after which one call counts as failed.")
+    concurrency: int = Field(8, ge=1, description="Calls in flight in one judge process.")
+    max_failure_rate: float = Field(
+        0.05, ge=0, le=1, description="The round stops if a larger share of its groups could not be judged."
+    )
+    bradley_terry_scale: float | None = Field(
+        None,
+        gt=0,
+        description="The judge's scores are Bradley-Terry rewards (Bradley & Terry 1952): chosen beats rejected with "
+        "probability sigmoid(score gap / scale). 1 for a reward model trained on pairs. Written to pairs.parquet as "
+        "`preference_probability`, and read by loss sppo with probability: soft. null: the judge gives no "
+        "probabilities.",
+    )
+    gold: LocalPath | None = Field(
+        None,
+        description="Pairs of which the better response is known (.jsonl or .parquet: prompt, chosen, rejected, and "
+        "columns that the judge reads), to try the judge on. null: the pairs that come with the package.",
+    )
+    preflight: PreflightConfig = PreflightConfig()  # type: ignore[call-arg]
+    calibration: CalibrationConfig = CalibrationConfig()  # type: ignore[call-arg]
+    budget: BudgetConfig = BudgetConfig()  # type: ignore[call-arg]
+    length: LengthConfig = LengthConfig()  # type: ignore[call-arg]
+
+    def identity(self) -> dict[str, Any]:
+        """All that an answer depends on, but for what is asked: what the cache knows the judge by. Files count by what
+        they say."""
+        return self.model_dump(mode="json", exclude=set(self.NO_VERDICT))
+
+    @model_validator(mode="after")
+    def _check_base(self) -> JudgeBase:
+        if self.calibration.every and self.gold is None:
+            raise ValueError("judge.calibration.every is set, so judge.gold must name pairs to try the judge on")
+        if not self.calibration.every and self.calibration.max_drop != 0.1:
+            raise ValueError("judge.calibration.max_drop has an effect only with judge.calibration.every; drop it")
+        return self

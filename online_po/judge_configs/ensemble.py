@@ -1,0 +1,84 @@
+"""Several judges as one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from online_po.judge_configs.base import JudgeBase
+from online_po.judge_configs.local import Implicit, Plugin, Python, RewardModel, Rules
+from online_po.judge_configs.prompted import LlmPairwise, LlmScore, SelfPairwise, SelfScore
+from online_po.sections import Section
+
+SingleJudge = Annotated[
+    Rules | Python | Plugin | RewardModel | Implicit | LlmScore | LlmPairwise | SelfScore | SelfPairwise,
+    Field(discriminator="kind"),
+]
+"""Any judge but an ensemble, told apart by its kind."""
+
+
+class Member(Section):
+    """One judge of an ensemble."""
+
+    judge: SingleJudge
+    weight: float = Field(1.0, gt=0, description="For combine: weighted_mean and majority.")
+    min_gap: float = Field(
+        0.0, ge=0, description="For combine: in_order. A smaller gap of its scores leaves the choice to the next judge."
+    )
+
+
+def _read_member(value: Any) -> Any:
+    """`{kind: ..., weight: ...}` as a person writes it."""
+    if not isinstance(value, dict) or "judge" in value:
+        return value
+    own = {key: value[key] for key in ("weight", "min_gap") if key in value}
+    return own | {"judge": {key: item for key, item in value.items() if key not in own}}
+
+
+class Ensemble(JudgeBase):
+    """Several judges of the same responses."""
+
+    kind: Literal["ensemble"] = "ensemble"
+    cached: ClassVar[bool] = False  # its members' answers are
+    members: tuple[Annotated[Member, BeforeValidator(_read_member)], ...] = Field(
+        min_length=2, description="Judges, each as a section `judge` of its own, with `weight` or `min_gap`."
+    )
+    combine: Literal["weighted_mean", "rank_average", "majority", "minimum", "in_order"] = Field(
+        "weighted_mean",
+        description="weighted_mean: of normalised scores. rank_average: of ranks within a prompt. majority: votes on "
+        "each pair of responses. minimum: the worst normalised score. in_order: the first judge decides, the next "
+        "where it sees no difference.",
+    )
+    normalise: Literal["none", "zscore", "minmax"] = Field(
+        "zscore", description="Of each member's scores within a prompt, for weighted_mean and minimum."
+    )
+    max_disagreement: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Where a larger share of member pairs disagrees on the order of two responses, averaged over the "
+        "prompt's pairs of responses, the ensemble abstains: no label. 1: never.",
+    )
+
+    def identity(self) -> dict[str, Any]:
+        members = [member.model_dump(exclude={"judge"}) | member.judge.identity() for member in self.members]
+        return super().identity() | {"members": members}
+
+    @model_validator(mode="after")
+    def _check(self) -> Ensemble:
+        for place, member in enumerate(self.members):
+            extra = sorted(member.judge.model_fields_set & member.judge.RUN_FIELDS)
+            if extra:
+                raise ValueError(
+                    f"judge.members.{place}.{extra[0]} is the run's, not a member's; write judge.{extra[0]} instead"
+                )
+            if member.weight != 1 and self.combine not in ("weighted_mean", "majority"):
+                raise ValueError(
+                    f"judge.members.{place}.weight has no effect with judge.combine: {self.combine}; drop it"
+                )
+            if member.min_gap and self.combine != "in_order":
+                raise ValueError(f"judge.members.{place}.min_gap is for judge.combine: in_order, not {self.combine}")
+        if self.combine not in ("weighted_mean", "minimum") and self.normalise != "zscore":
+            raise ValueError(f"judge.normalise has no effect with judge.combine: {self.combine}; drop it")
+        return self
