@@ -56,7 +56,7 @@ class JudgeGroup:
                 raise error.cause from error
             raise EngineError(f"a judge process could not start: {_short(error)}") from error
 
-    def submit(self, groups: Sequence[Group], round_: int = 0) -> Future[list[Judgement]]:
+    def submit(self, groups: Sequence[Group], round_: int = 0, occasion: str = "") -> Future[list[Judgement]]:
         """One judgement per group, in order; EngineError if the process dies before it answers."""
         with self._lock:
             index = self._load.index(min(self._load))

@@ -67,7 +67,7 @@ class LocalJudgePool:
         self._thread = threading.Thread(target=self._loop.run_forever, name="judges", daemon=True)
         self._thread.start()
 
-    def submit(self, groups: Sequence[Group], round_: int = 0) -> Future[list[Judgement]]:
+    def submit(self, groups: Sequence[Group], round_: int = 0, occasion: str = "") -> Future[list[Judgement]]:
         """One judgement per group, in order."""
         return asyncio.run_coroutine_threadsafe(judge_groups(self._judge, groups), self._loop)
 

@@ -17,6 +17,7 @@ from online_po.config import Config
 from online_po.errors import ConfigError, LedgerError, NonFiniteError
 from online_po.evaluation import best_version, compare, early_stop, summarise
 from online_po.guards import Finding, evaluation_findings
+from online_po.judge_trials import calibrate
 from online_po.judging import check_failure_rate
 from online_po.ledger import Ledger
 from online_po.parts import Parts
@@ -73,6 +74,7 @@ def _run_after(
 
     def settle(round_: int) -> None:
         act(ledger, ledger.round_row(round_), round_)
+        calibrate(parts, round_)
         retention.prune(round_)
 
     def sample(round_: int) -> None:
@@ -255,7 +257,7 @@ def _evaluate(parts: Parts, version: int) -> dict[str, Any]:
     for part, found in parts.generator.generate(chunks(), config.eval_sampling):
         rows = [part * size + place for place in found]
         made |= dict(zip(rows, found.values(), strict=True))
-        asked.append((rows, parts.judges.submit(list(found.values()))))
+        asked.append((rows, parts.judges.submit(list(found.values()), version)))
         parts.observer.progress("evaluate", len(made), len(heldout))
     judged = {row: answer for rows, future in asked for row, answer in zip(rows, future.result(), strict=True)}
     groups = [made[row] for row in range(len(heldout))]

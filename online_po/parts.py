@@ -16,6 +16,7 @@ from online_po.given import ResponseEncoder
 from online_po.ledger import Ledger
 from online_po.observers import PhaseTimer
 from online_po.protocols import Generator, JudgePool, Learner, Observer
+from online_po.seed_pairs import PairRow
 from online_po.types import Prompt
 
 
@@ -36,6 +37,8 @@ class Parts:
     """Folder of the starting model (policy version 0)."""
     seed_pairs: pa.Table | None = None
     """The pairs of `pairs.seed_path`, in PAIR_SCHEMA."""
+    known: Sequence[PairRow] = ()
+    """Pairs of which the better response is known, to try the judge on."""
     encode: ResponseEncoder | None = None
     """Tokenises given responses, for pairs.strategy: spin."""
     stopping: threading.Event = field(default_factory=threading.Event)

@@ -173,6 +173,14 @@ class Pieces:
         path = self.round_dir(round_) / "eval.json"
         return files.read_json(path) if path.exists() else None
 
+    def write_judge_trial(self, round_: int, trial: dict[str, Any]) -> None:
+        """How the judge did on known pairs: before the run (round 0), and after a round."""
+        files.write_json(self.round_dir(round_) / "judge_trial.json", trial)
+
+    def judge_trial(self, round_: int) -> dict[str, Any] | None:
+        path = self.round_dir(round_) / "judge_trial.json"
+        return files.read_json(path) if path.exists() else None
+
     def _part(self, round_: int, kind: str, part: int) -> Path:
         return self.round_dir(round_) / kind / f"part-{part:05d}.parquet"
 

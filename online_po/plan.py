@@ -18,11 +18,12 @@ from online_po.errors import ConfigError, first_line
 from online_po.example_checks import check_prompt_columns
 from online_po.example_mix import wanted
 from online_po.given import ResponseEncoder
+from online_po.judge_trials import known_pairs
 from online_po.loss_checks import check_custom_losses, reads_scores
 from online_po.memory import memory
 from online_po.model_config import load_tokenizer, read_model_config
 from online_po.prompts import PromptSet, load_prompts
-from online_po.seed_pairs import SeedPairs, load_seed_pairs, require_scores
+from online_po.seed_pairs import PairRow, SeedPairs, load_seed_pairs, require_scores
 
 GIB = 1024**3
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -51,6 +52,8 @@ class Plan:
     train: PromptSet
     heldout: PromptSet | None
     seed_pairs: SeedPairs | None
+    known: list[PairRow]
+    """Pairs of which the better response is known, to try the judge on."""
     encode: ResponseEncoder | None
     """Tokenises given responses, where the config has such."""
     shape: ModelShape
@@ -84,6 +87,7 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
                 except ConfigError as error:
                     raise ConfigError(f"prompt {prompt.messages[-1]['content'][:60]!r}: {error}") from error
     check_prompt_columns(config, train)
+    known = known_pairs(config.judge)
     encode, seed_pairs = _given(config, tokenizer, heldout, shape)
     if config.loop.prompts_per_round > len(train):
         raise ConfigError(
@@ -113,6 +117,7 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
         train=train,
         heldout=heldout,
         seed_pairs=seed_pairs,
+        known=known,
         encode=encode,
         shape=shape,
         figures=_figures(config, shape, need, train, heldout, seed_pairs),

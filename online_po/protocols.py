@@ -40,9 +40,10 @@ class Generator(Protocol):
 class JudgePool(Protocol):
     """Judges groups somewhere else while the caller goes on."""
 
-    def submit(self, groups: Sequence[Group], round_: int = 0) -> Future[list[Judgement]]:
+    def submit(self, groups: Sequence[Group], round_: int = 0, occasion: str = "") -> Future[list[Judgement]]:
         """One judgement per group, in order. A judge's error is a JudgeFailure, never an exception; BudgetError where
-        `judge.budget` is spent. `round_`: what the calls count for."""
+        `judge.budget` is spent. `round_`: what the calls count for. `occasion`: what was said on another one is
+        not remembered."""
         ...
 
 

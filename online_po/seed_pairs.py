@@ -45,14 +45,16 @@ class SeedPairs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Row:
-    """One row of the file, checked."""
+class PairRow:
+    """One row of a preference file, checked."""
 
     where: str
     messages: list[Message]
     chosen: str
     rejected: str
     scores: tuple[float, float] | None
+    metadata: dict[str, Any]
+    """The row's other columns."""
 
 
 def load_seed_pairs(
@@ -77,7 +79,7 @@ def load_seed_pairs(
         counts["loaded"] += len(chunk)
         rows = []
         for place, cells in chunk:
-            row = _check(cells, column, f"{label}, {place}")
+            row = read_pair(cells, f"{label}, {place}", column)
             if reason := _unusable(row, held_out):
                 counts[reason] += 1
             else:
@@ -102,7 +104,14 @@ def require_scores(pairs: SeedPairs, path: str, loss: str) -> None:
         )
 
 
-def _check(cells: dict[str, Any], config: PromptsConfig, where: str) -> _Row:
+PLAIN = PromptsConfig(path="-", column="prompt", system=None, apply_chat_template=True)  # type: ignore[call-arg]
+
+
+def read_pair(cells: dict[str, Any], where: str, config: PromptsConfig = PLAIN) -> PairRow:
+    """A row of a preference file: prompt, chosen, rejected, each text or messages, and perhaps scores.
+
+    `config`: how prompts become messages. Raises ConfigError, naming `where` and the field, for what is no pair.
+    """
     for name in FIELDS:
         if cells.get(name) is None:
             there = ", ".join(key for key, value in cells.items() if value is not None) or "nothing"
@@ -113,7 +122,14 @@ def _check(cells: dict[str, Any], config: PromptsConfig, where: str) -> _Row:
     asked = to_messages(cells["prompt"], config.model_copy(update={"system": None}), where)
     chosen, rejected = (_response(cells[name], name, asked, where) for name in ("chosen", "rejected"))
     require_text([messages, chosen, rejected], where)
-    return _Row(where=where, messages=messages, chosen=chosen, rejected=rejected, scores=_scores(cells, where))
+    return PairRow(
+        where=where,
+        messages=messages,
+        chosen=chosen,
+        rejected=rejected,
+        scores=_scores(cells, where),
+        metadata={key: value for key, value in cells.items() if key not in (*FIELDS, *SCORES)},
+    )
 
 
 def _response(value: Any, name: str, asked: Sequence[Message], where: str) -> str:
@@ -149,7 +165,7 @@ def _scores(cells: dict[str, Any], where: str) -> tuple[float, float] | None:
     return chosen, rejected
 
 
-def _unusable(row: _Row, held_out: set[str]) -> str | None:
+def _unusable(row: PairRow, held_out: set[str]) -> str | None:
     """Why a pair is left out, if it is."""
     if row.chosen == row.rejected:
         return "identical"
@@ -158,7 +174,7 @@ def _unusable(row: _Row, held_out: set[str]) -> str | None:
     return "held_out" if stable_id(row.messages) in held_out else None
 
 
-def _tokenize(rows: Sequence[_Row], config: PromptsConfig, tokenizer: Any, encoder: ResponseEncoder) -> pa.Table:
+def _tokenize(rows: Sequence[PairRow], config: PromptsConfig, tokenizer: Any, encoder: ResponseEncoder) -> pa.Table:
     """The rows that are within prompts.max_tokens and the context, in PAIR_SCHEMA."""
     prompts = tokenize_prompts([(row.where, str(i), row.messages, {}) for i, row in enumerate(rows)], config, tokenizer)
     prompt_tokens = {int(row["id"]): row["token_ids"] for row in prompts.select(["id", "token_ids"]).to_pylist()}
@@ -171,7 +187,7 @@ def _tokenize(rows: Sequence[_Row], config: PromptsConfig, tokenizer: Any, encod
     return pa.Table.from_pylist(kept, schema=PAIR_SCHEMA)
 
 
-def _pair_row(row: _Row, prompt: list[int], chosen: GivenResponse, rejected: GivenResponse) -> dict[str, Any]:
+def _pair_row(row: PairRow, prompt: list[int], chosen: GivenResponse, rejected: GivenResponse) -> dict[str, Any]:
     """A row of PAIR_SCHEMA; what it leaves out (scores, logps, indices, rounds) is null."""
     scores: dict[str, float] = {}
     if row.scores is not None:

@@ -115,7 +115,7 @@ class FakeJudge:
         self.judged: list[str] = []
         self.tie = False
 
-    def submit(self, groups: Sequence[Group], round_: int = 0) -> Future[list[Judgement]]:
+    def submit(self, groups: Sequence[Group], round_: int = 0, occasion: str = "") -> Future[list[Judgement]]:
         future: Future[list[Judgement]] = Future()
         future.set_result([self._judge(group) for group in groups])
         return future

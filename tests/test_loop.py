@@ -191,7 +191,7 @@ class LateJudge(FakeJudge):
         super().__init__()
         self.hold, self.waiting, self.most = hold, [], 0
 
-    def submit(self, groups, round_=0):
+    def submit(self, groups, round_=0, occasion=""):
         future = Future()
         self.waiting.append((future, groups))
         self.most = max(self.most, sum(len(groups) for _, groups in self.waiting))
@@ -276,7 +276,7 @@ class SilentJudge(FakeJudge):
         super().__init__()
         self.silent = silent
 
-    def submit(self, groups, round_=0):
+    def submit(self, groups, round_=0, occasion=""):
         return Future() if groups[0].prompt.id == self.silent else super().submit(groups)
 
 

@@ -75,6 +75,8 @@ class JudgeBase(Section):
     """Fields that change no answer: not part of a judge's identity in the cache."""
     cached: ClassVar[bool] = True
     """Whether answers are kept in the run's judge cache."""
+    general: ClassVar[bool] = True
+    """Whether it judges responses in general; false: what a run's own prompts ask for."""
     pairwise: ClassVar[bool] = False
     """Whether it is shown two responses at a time."""
 

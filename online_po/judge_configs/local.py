@@ -14,12 +14,15 @@ class Rules(JudgeBase):
     """Verifiable constraints in the prompt's metadata."""
 
     cached: ClassVar[bool] = False
+    general: ClassVar[bool] = False
 
     kind: Literal["rules"] = "rules"
 
 
 class Python(JudgeBase):
     """Your function."""
+
+    general: ClassVar[bool] = False
 
     kind: Literal["python"] = "python"
     function: str = Field(pattern=r"^[^:]*\S:\S[^:]*$", description="`module:function`, sync or async.")
@@ -32,6 +35,8 @@ class Python(JudgeBase):
 
 class Plugin(JudgeBase):
     """A judge of another package, found by its entry point (group `online_po.judges`)."""
+
+    general: ClassVar[bool] = False
 
     kind: Literal["plugin"] = "plugin"
     name: str = Field(min_length=1, description="Name of the entry point.")
