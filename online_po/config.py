@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from online_po.errors import ConfigError
 from online_po.example_checks import check_examples
 from online_po.example_configs import LabelsConfig, PairsConfig
 from online_po.guard_configs import GuardsConfig, check_guards
-from online_po.judge_configs import JUDGE_BY_KIND, JudgeConfig, Member, Rules
+from online_po.judge_configs import JUDGE_BY_KIND, JudgeBase, JudgeConfig, Member, Rules
 from online_po.loss_checks import check_losses
 from online_po.loss_configs import LOSS_BY_NAME, LossBase, LossName, Sigmoid
 from online_po.reference_configs import BetaControlConfig, ReferenceConfig
@@ -266,18 +267,7 @@ class Config(Section):
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
         """Reads a YAML file and `section.key=value` overrides (values are YAML). Raises ConfigError."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"config file {str(path)!r} is not UTF-8 text: {error}") from error
-        data = load_yaml(text, f"config file {str(path)!r}")
-        if not isinstance(data, dict):
-            raise ConfigError(f"config file {str(path)!r} must hold sections such as run: and model:")
-        for override in overrides:
-            apply_override(data, override)
-        return cls.parse(data)
+        return cls.parse(_read(path, overrides))
 
     @classmethod
     def parse(cls, data: dict[str, Any]) -> Config:
@@ -289,6 +279,36 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _JudgeAlone(Section):
+    judge: JudgeConfig
+
+
+def read_judge(path: str | Path, overrides: Sequence[str] = ()) -> JudgeBase:
+    """Section `judge` of a YAML file, whatever else is in it. Raises ConfigError."""
+    data = _read(path, overrides)
+    if "judge" not in data:
+        raise ConfigError(f"config file {str(path)!r} has no section judge:")
+    try:
+        return _JudgeAlone.model_validate({"judge": data["judge"]}).judge
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from error
+
+
+def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {str(path)!r} is not UTF-8 text: {error}") from error
+    data = load_yaml(text, f"config file {str(path)!r}")
+    if not isinstance(data, dict):
+        raise ConfigError(f"config file {str(path)!r} must hold sections such as run: and model:")
+    for override in overrides:
+        apply_override(data, override)
+    return data
 
 
 def _explain(item: Any) -> str:

@@ -1,0 +1,153 @@
+"""Judging a file of responses with any configured judge, without a run: `online-po judge`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from judges.runtime import LocalJudgePool, check_judge
+from online_po import files
+from online_po.errors import ConfigError
+from online_po.judge_configs import Ensemble, JudgeBase
+from online_po.judge_trials import text_response
+from online_po.prompt_files import open_file
+from online_po.prompts import require_text, to_messages
+from online_po.seed_pairs import PLAIN, read_pair
+from online_po.seeds import stable_id
+from online_po.types import Group, Judgement, Prompt
+
+WAITING = 256
+"""So many rows are with the judge at a time."""
+RESPONSES = ("responses", "response", "chosen")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What became of the rows of a file."""
+
+    rows: int
+    failures: dict[str, int]
+    """Rows without a label, by kind of failure."""
+    message: str | None
+    """What the last failure says."""
+    accuracy: float | None
+    """Share of rows with chosen and rejected on which the judge says the same; ties count half. None without such."""
+
+
+def judge_file(
+    config: JudgeBase, source: Path, out: Path, cache: Path, on_progress: Callable[[int, int], None] | None = None
+) -> Judged:
+    """Judges each row of a .jsonl, .parquet or .csv file, and writes the rows with what was said to a .jsonl file.
+
+    A row has `prompt` and one of `responses` (a list of texts), `response`, or `chosen` and `rejected`; further columns
+    are the metadata that the judge reads. It comes back with `scores` (one a response, in order), `rationales` and
+    `comparisons` where the judge gives them, or with `failure`. Answers are kept in `cache`: what was judged is not
+    asked again, in another call either.
+
+    Raises ConfigError for a judge or a row that cannot be used, before anything is asked; BudgetError when
+    `judge.budget` is spent.
+    """
+    if out.suffix != ".jsonl":
+        raise ConfigError(f"the file to write is {str(out)!r}; let its name end in .jsonl")
+    check_judge(config)
+    opened = open_file("the file to judge", str(source), "prompt")
+    for place, cells in opened.rows:
+        read_group(config, cells, f"{opened.label}, {place}")
+    pool = LocalJudgePool(config, cache)
+    try:
+        return _judge_all(pool, config, source, out, on_progress)
+    finally:
+        pool.close()
+
+
+def read_group(config: JudgeBase, cells: dict[str, Any], where: str) -> Group:
+    """A row as a group of texts. Raises ConfigError, naming `where` and the field."""
+    named = next((name for name in RESPONSES if cells.get(name) is not None), None)
+    match named:
+        case "responses":
+            texts = cells["responses"]
+            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+                raise ConfigError(f"{where}: 'responses' is {texts!r}, not a list of texts")
+        case "response":
+            texts = [cells["response"]]
+            if not isinstance(texts[0], str):
+                raise ConfigError(f"{where}: 'response' is a {type(texts[0]).__name__}, not text")
+        case "chosen":
+            pair = read_pair(cells, where)
+            texts = [pair.chosen, pair.rejected]
+        case _:
+            raise ConfigError(f"{where} has none of 'responses', 'response' and 'chosen'; there is nothing to judge")
+    if len(texts) < 2 and _compares(config):
+        raise ConfigError(f"{where} has one response, but judge.kind: {config.kind} compares; give two or more")
+    messages = to_messages(cells.get("prompt"), PLAIN, where)
+    if not messages:
+        raise ConfigError(f"{where} has no 'prompt'; every row needs one")
+    require_text([messages, texts], where)
+    metadata = {key: value for key, value in cells.items() if key not in ("prompt", "rejected", *RESPONSES)}
+    prompt = Prompt(
+        id=stable_id([messages, metadata]), messages=tuple(messages), text="", token_ids=(), metadata=metadata
+    )
+    return Group(prompt=prompt, responses=tuple(text_response(index, text) for index, text in enumerate(texts)))
+
+
+def _compares(config: JudgeBase) -> bool:
+    if isinstance(config, Ensemble):
+        return any(_compares(member.judge) for member in config.members)
+    return config.pairwise
+
+
+def _judge_all(
+    pool: LocalJudgePool,
+    config: JudgeBase,
+    source: Path,
+    out: Path,
+    on_progress: Callable[[int, int], None] | None,
+) -> Judged:
+    opened = open_file("the file to judge", str(source), "prompt")
+    failures: Counter[str] = Counter()
+    message, done, points, pairs = None, 0, 0.0, 0
+    with files.atomic(out) as path, path.open("w", encoding="utf-8") as lines:
+        for cells, judgement in _in_order(pool, config, opened.label, opened.rows):
+            lines.write(json.dumps(cells | _said(judgement), ensure_ascii=False) + "\n")
+            done += 1
+            if judgement.failure is not None:
+                failures[judgement.failure.kind] += 1
+                message = judgement.failure.message
+            elif judgement.scores is not None and cells.get("responses") is None and cells.get("chosen") is not None:
+                chosen, rejected = judgement.scores
+                pairs += 1
+                points += 0.5 if chosen == rejected else float(chosen > rejected)
+            if on_progress is not None:
+                on_progress(done, opened.total)
+    return Judged(rows=done, failures=dict(failures), message=message, accuracy=points / pairs if pairs else None)
+
+
+def _in_order(
+    pool: LocalJudgePool, config: JudgeBase, label: str, rows: Iterator[tuple[str, dict[str, Any]]]
+) -> Iterator[tuple[dict[str, Any], Judgement]]:
+    """Rows with their judgements; `WAITING` of them are with the judge at a time."""
+    asked: list[tuple[dict[str, Any], Future[list[Judgement]]]] = []
+    while True:
+        for place, cells in itertools.islice(rows, WAITING - len(asked)):
+            asked.append((cells, pool.submit([read_group(config, cells, f"{label}, {place}")])))
+        if not asked:
+            return
+        cells, future = asked.pop(0)
+        yield cells, future.result()[0]
+
+
+def _said(judgement: Judgement) -> dict[str, Any]:
+    said: dict[str, Any] = {"scores": judgement.scores}
+    if judgement.rationales is not None:
+        said["rationales"] = judgement.rationales
+    if judgement.comparisons is not None:
+        said["comparisons"] = [asdict(comparison) for comparison in judgement.comparisons]
+    if judgement.failure is not None:
+        said["failure"] = asdict(judgement.failure)
+    return said
