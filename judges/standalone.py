@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from judges.rules import validate_constraints
 from judges.runtime import LocalJudgePool, check_judge
 from online_po import files
-from online_po.errors import ConfigError
-from online_po.judge_configs import Ensemble, JudgeBase
+from online_po.errors import ConfigError, JudgeFailureRateError
+from online_po.judge_configs import Ensemble, JudgeBase, Rules
 from online_po.judge_trials import text_response
 from online_po.prompt_files import open_file
 from online_po.prompts import require_text, to_messages
@@ -39,6 +40,15 @@ class Judged:
     accuracy: float | None
     """Share of rows with chosen and rejected on which the judge says the same; ties count half. None without such."""
 
+    def require_few_failures(self, bound: float) -> None:
+        """Raises JudgeFailureRateError if a larger share of the rows has no label."""
+        failed = sum(self.failures.values())
+        if failed > bound * self.rows:
+            raise JudgeFailureRateError(
+                f"the judge failed on {failed} of {self.rows} rows, more than judge.max_failure_rate = {bound:g} allows; "
+                f"last message: {self.message!r}. Mend the judge and run this again: only what failed is asked again"
+            )
+
 
 def judge_file(
     config: JudgeBase, source: Path, out: Path, cache: Path, on_progress: Callable[[int, int], None] | None = None
@@ -58,7 +68,9 @@ def judge_file(
     check_judge(config)
     opened = open_file("the file to judge", str(source), "prompt")
     for place, cells in opened.rows:
-        read_group(config, cells, f"{opened.label}, {place}")
+        group = read_group(config, cells, f"{opened.label}, {place}")
+        if isinstance(config, Rules):
+            _require_constraints(group, f"{opened.label}, {place}")
     pool = LocalJudgePool(config, cache)
     try:
         return _judge_all(pool, config, source, out, on_progress)
@@ -94,6 +106,13 @@ def read_group(config: JudgeBase, cells: dict[str, Any], where: str) -> Group:
         id=stable_id([messages, metadata]), messages=tuple(messages), text="", token_ids=(), metadata=metadata
     )
     return Group(prompt=prompt, responses=tuple(text_response(index, text) for index, text in enumerate(texts)))
+
+
+def _require_constraints(group: Group, where: str) -> None:
+    try:
+        validate_constraints(group.prompt.metadata)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _compares(config: JudgeBase) -> bool:

@@ -103,6 +103,38 @@ def export(
     typer.echo(path)
 
 
+@app.command()
+def judge(
+    config: ConfigFile,
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Rows with prompt and responses.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write.", show_default=False)],
+    overrides: Overrides = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Where answers are kept; default: beside OUT. A run's judge_cache.sqlite will do."),
+    ] = None,
+) -> None:
+    """Score or compare the responses of a file with a config's judge, without a run."""
+    from judges.standalone import judge_file
+    from online_po.config import read_judge
+    from online_po.console import ConsoleObserver
+
+    section, screen = read_judge(config, overrides or []), ConsoleObserver()
+    cache = cache or out.with_suffix(".judge_cache.sqlite")
+    try:
+        with screen.phase("judge", 0):
+            judged = judge_file(section, source, out, cache, lambda done, total: screen.progress("judge", done, total))
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; what was judged is kept in {cache}: run this again to go on", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        screen.close()
+    failed = "".join(f", {count} x {kind}" for kind, count in judged.failures.items())
+    agrees = "" if judged.accuracy is None else f"; agrees with {judged.accuracy:.1%} of the file's pairs"
+    typer.echo(f"{judged.rows} rows{failed}{agrees}: {out}")
+    judged.require_few_failures(section.max_failure_rate)
+
+
 def _run(start: Callable[[list[Observer], Callable[[Plan], None]], RunResult]) -> None:
     """Runs with a screen, and ends with the table; an interrupt ends the run in order."""
     from online_po.console import ConsoleObserver, print_result
