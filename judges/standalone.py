@@ -45,8 +45,8 @@ class Judged:
         failed = sum(self.failures.values())
         if failed > bound * self.rows:
             raise JudgeFailureRateError(
-                f"the judge failed on {failed} of {self.rows} rows, more than judge.max_failure_rate = {bound:g} allows; "
-                f"last message: {self.message!r}. Mend the judge and run this again: only what failed is asked again"
+                f"the judge failed on {failed} of {self.rows} rows, more than judge.max_failure_rate = {bound:g} "
+                f"allows; last message: {self.message!r}. Mend the judge and run this again: what was judged is kept"
             )
 
 

@@ -111,7 +111,7 @@ def judge(
     overrides: Overrides = None,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Where answers are kept; default: beside OUT. A run's judge_cache.sqlite will do."),
+        typer.Option(help="Where answers are kept, a run's judge_cache.sqlite perhaps; default: beside OUT."),
     ] = None,
 ) -> None:
     """Score or compare the responses of a file with a config's judge, without a run."""
@@ -133,6 +133,24 @@ def judge(
     agrees = "" if judged.accuracy is None else f"; agrees with {judged.accuracy:.1%} of the file's pairs"
     typer.echo(f"{judged.rows} rows{failed}{agrees}: {out}")
     judged.require_few_failures(section.max_failure_rate)
+
+
+@app.command()
+def pairs(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .parquet file to write.", show_default=False)],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Another setting, such as pairs.strategy=all."),
+    ] = None,
+    round_: Annotated[int | None, typer.Option("--round", help="One round only; default: all that are judged.")] = None,
+) -> None:
+    """Build a run's pairs again from its judgements, with other settings."""
+    from online_po.ledger import Ledger
+    from online_po.rebuild import rebuild
+
+    made = rebuild(Ledger.open(run), out, changes or [], round_)
+    typer.echo(f"{sum(made.values())} of {len(made)} rounds: {out}")
 
 
 def _run(start: Callable[[list[Observer], Callable[[Plan], None]], RunResult]) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from online_po import labels, pairs
+from online_po.config import Config
 from online_po.errors import NoPairsError
 from online_po.example_mix import balanced, count_sources, mixed_in
+from online_po.given import ResponseEncoder
 from online_po.implicit_rewards import group_rewards
+from online_po.ledger import Ledger
 from online_po.metrics import SampleStats
 from online_po.parts import Parts
 from online_po.seeds import SEEDS, stable_seed
@@ -42,10 +45,13 @@ def make_examples(parts: Parts, round_: int, prompts: PromptRows, held: Referenc
     none.
     """
     config, ledger, kind = parts.config, parts.ledger, parts.config.example_kind
-    builder = _Builder(parts, round_, prompts, held)
+    rewards: Iterator[list[float]] | None = None
+    if config.pairs.strategy == "hardest_reward":
+        rewards = group_rewards(parts, round_, prompts, held)
+    builder = ExampleBuilder(config, ledger, round_, prompts, encode=parts.encode, rewards=rewards)
     own, notes, dropped = 0, dict[str, Any](), Counter[str]()
     with ledger.examples_writer(round_, kind, PAIR_SCHEMA if kind == "pairs" else LABEL_SCHEMA) as writer:
-        for table in _balanced(builder, dropped) if config.pairs.balance_column is not None else builder.tables():
+        for table in builder.balanced(dropped):
             own += table.num_rows
             writer.write(table)
         for table in mixed_in(parts, round_, own, notes):
@@ -89,12 +95,24 @@ def mean_length(token_ids: pa.ChunkedArray) -> float | None:
     return pc.mean(pc.list_value_length(token_ids)).as_py()
 
 
-class _Builder:
-    """Makes a round's own examples, and counts what it sees meanwhile."""
+class ExampleBuilder:
+    """Makes a round's own examples from what the ledger holds of it, and counts what it sees meanwhile.
 
-    def __init__(self, parts: Parts, round_: int, prompts: PromptRows, held: Reference) -> None:
-        self.parts, self.config = parts, parts.config
-        self.round, self.prompts, self.held = round_, prompts, held
+    `encode`: for pairs.strategy: spin. `rewards`: for hardest_reward, implicit rewards of each judged group in order.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ledger: Ledger,
+        round_: int,
+        prompts: PromptRows,
+        *,
+        encode: ResponseEncoder | None = None,
+        rewards: Iterator[list[float]] | None = None,
+    ) -> None:
+        self.config, self.ledger, self.round, self.prompts = config, ledger, round_, prompts
+        self.encode, self.rewards = encode, rewards
         self.stats = SampleStats(seed=self._seed("metrics"))
         self.skips: Counter[pairs.Skip] = Counter()
         """Prompts without an example, by reason."""
@@ -105,13 +123,20 @@ class _Builder:
         self.version = 0
         """The policy version that sampled."""
 
+    def balanced(self, dropped: Counter[str]) -> Iterable[pa.Table]:
+        """As `tables`; with pairs.balance_column large domains keep only some, and the others are counted."""
+        if self.config.pairs.balance_column is None:
+            return self.tables()
+        examples = pa.concat_tables(list(self.tables()))
+        kept = balanced(self.domains, self.config.pairs.balance_ratio, self._seed("balance"))
+        if lost := int((~kept).sum()):
+            dropped["balance"] = lost
+        return [examples.filter(pa.array(kept))]
+
     def tables(self) -> Iterator[pa.Table]:
         """The round's own examples, a table a part."""
-        config, ledger = self.config, self.parts.ledger
+        config, ledger, rewards = self.config, self.ledger, self.rewards
         size = config.generator.chunk_prompts
-        rewards: Iterator[list[float]] | None = None
-        if config.pairs.strategy == "hardest_reward":
-            rewards = group_rewards(self.parts, self.round, self.prompts, self.held)
         for part, begin in enumerate(range(0, len(self.prompts), size)):
             groups = ledger.responses(self.round, part, self.prompts[begin : begin + size])
             judged = list(zip(groups, ledger.judgements(self.round, part), strict=True))
@@ -141,7 +166,7 @@ class _Builder:
 
     def _spin_pairs(self, judged: list[Judged]) -> Iterator[tuple[Pair, Judgement]]:
         """Failed judgements are counted and leave no pair out: no score decides anything here."""
-        encode, column = self.parts.encode, self.config.pairs.chosen_column
+        encode, column = self.encode, self.config.pairs.chosen_column
         assert encode is not None and column is not None
         given = encode([group.prompt.metadata[column] for group, _ in judged])
         for (group, judgement), chosen in zip(judged, given, strict=True):
@@ -171,17 +196,6 @@ class _Builder:
 
     def _seed(self, purpose: str, *what: int | str) -> int:
         return stable_seed(self.config.run.seed, purpose, self.round, *what)
-
-
-def _balanced(builder: _Builder, drops: Counter[str]) -> list[pa.Table]:
-    """The round's own examples, of which large domains keep only some; counts the others."""
-    config = builder.config
-    examples = pa.concat_tables(list(builder.tables()))
-    seed = stable_seed(config.run.seed, "balance", builder.round)
-    kept = balanced(builder.domains, config.pairs.balance_ratio, seed)
-    if dropped := int((~kept).sum()):
-        drops["balance"] = dropped
-    return [examples.filter(pa.array(kept))]
 
 
 def _why_nothing(round_: int, kind: str, prompts: int, skips: Counter[pairs.Skip]) -> str:

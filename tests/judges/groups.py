@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from fractions import Fraction
@@ -171,3 +172,16 @@ class Scorer:
 
 
 not_a_function = 3
+
+
+def noted(prompt, response, metadata):
+    """The length; each call is a line in the file that CALLS names."""
+    with open(os.environ["CALLS"], "a") as file:
+        file.write(response + "\n")
+    return len(response)
+
+
+def no_f(prompt, response, metadata):
+    if response == "f":
+        raise ValueError("f")
+    return len(response)
