@@ -16,7 +16,7 @@ from online_po.ledger import Ledger
 from online_po.tables import LABEL_SCHEMA, PAIR_SCHEMA
 from online_po.yaml_text import apply_override
 
-MAY_CHANGE = ("pairs.", "labels.", "loss.", "judge.length.", "judge.bradley_terry_scale")
+MAY_CHANGE = ("pairs.", "labels.", "loss=", "judge.length.", "judge.bradley_terry_scale")
 """Settings that are read after judging."""
 
 

@@ -31,7 +31,7 @@ def test_other_settings_give_other_pairs(ledger, tmp_path):
     before = rebuild(ledger, tmp_path / "a.parquet", round_=2)
     every = rebuild(ledger, tmp_path / "b.parquet", ["pairs.strategy=all"], round_=2)
     assert set(before) == set(every) == {2} and every[2] > before[2] > 0
-    labels = rebuild(ledger, tmp_path / "c.parquet", ["loss.name=kto"], round_=1)
+    labels = rebuild(ledger, tmp_path / "c.parquet", ["loss={name: kto}"], round_=1)
     assert pq.read_table(tmp_path / "c.parquet").column("label").null_count == 0 and labels[1] > 0
 
 
