@@ -120,18 +120,19 @@ class ConsoleObserver:
             count = f"  {phase.done:,}" if phase.done else ""
             self._print(f"{self._title(phase)}  {duration(seconds)}{count}  {phase.rate(time.monotonic())}".rstrip())
 
-    def progress(self, name: str, done: int, total: int | None) -> None:
+    def progress(self, name: str, done: int, total: int | None, note: str = "") -> None:
         with self._lock:
             now = time.monotonic()
             phase = self._open(name, self._round)
             phase.first = phase.first or (now, done)
             phase.done, phase.total = done, total
+            said = "  ".join(filter(None, (phase.rate(now), note)))
             if phase.task is not None:
-                self._live.update(phase.task, completed=done, total=total, note=phase.rate(now))
+                self._live.update(phase.task, completed=done, total=total, note=said)
             elif now - phase.logged >= LOG_PROGRESS_EVERY_S:
                 phase.logged = now
                 of = "" if total is None else f" of {total:,}"
-                self._print(f"{self._title(phase)}  {done:,}{of}  {phase.rate(now)}".rstrip())
+                self._print(f"{self._title(phase)}  {done:,}{of}  {said}".rstrip())
 
     def step(self, round_: int, metrics: dict[str, float]) -> None:
         with self._lock:

@@ -51,6 +51,9 @@ class Judging:
         """What the judge is at: part and places in it."""
         self.answered: queue.SimpleQueue[Future[list[Judgement]]] = queue.SimpleQueue()
         self.failures: list[JudgeFailure] = []
+        """Of whole parts."""
+        self.kinds: Counter[str] = Counter()
+        """Failures answered so far, by kind."""
         self.judged = self.waiting = 0
 
     def __enter__(self) -> Judging:
@@ -101,7 +104,8 @@ class Judging:
             except queue.Empty:
                 continue
         part = self._take(future)
-        self.parts.observer.progress("judge", self.judged, self.groups)
+        note = f"no label: {counted(self.kinds)}" if self.kinds else ""
+        self.parts.observer.progress("judge", self.judged, self.groups, note)
         if self.open[part].unanswered == 0:
             judgements = self.open.pop(part).ordered()
             self.parts.ledger.write_judgements(self.round, part, judgements)
@@ -114,7 +118,9 @@ class Judging:
         part, places = self.asked.pop(future)
         self.waiting -= len(places)
         judging = self.open[part]
-        judging.judgements |= zip(places, future.result(), strict=True)
+        judgements = future.result()
+        judging.judgements |= zip(places, judgements, strict=True)
+        self.kinds.update(judgement.failure.kind for judgement in judgements if judgement.failure)
         judging.unanswered -= len(places)
         self.judged += len(places)
         return part
@@ -130,11 +136,15 @@ class Judging:
                 self.parts.ledger.write_judgements(self.round, part, judging.ordered())
 
 
+def counted(kinds: Counter[str]) -> str:
+    """Failures by kind, for people."""
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+
+
 def check_failure_rate(failures: Sequence[JudgeFailure], groups: int, bound: float, remedy: str) -> None:
     """Raises JudgeFailureRateError where a larger share than `bound` of the groups has no judgement."""
     if len(failures) > bound * groups:
-        kinds = Counter(failure.kind for failure in failures)
-        reasons = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+        reasons = counted(Counter(failure.kind for failure in failures))
         raise JudgeFailureRateError(
             f"the judge failed on {len(failures)} of {groups} groups ({reasons}), more than judge.max_failure_rate = "
             f"{bound} allows; last message: {failures[-1].message!r}. {remedy}"

@@ -46,6 +46,7 @@ class SampleStats:
         self._truncated = 0
         self._scores = array("d")  # of judged responses
         self._judged = array("b")  # 1 where a group was judged, else 0
+        self._compared = self._consistent = 0  # pairs of responses, where the judge compares them
         # A max-heap (by negated hash) of the groups with the smallest hashes: a uniform sample of prompts.
         self._sample: list[tuple[int, int, list[tuple[int, ...]]]] = []
 
@@ -58,6 +59,9 @@ class SampleStats:
         self._judged.append(judgement.scores is not None)
         if judgement.scores is not None:
             self._scores.extend(judgement.scores)
+        for comparison in judgement.comparisons or ():
+            self._compared += 1
+            self._consistent += comparison.consistent
         self._keep_sample(group.prompt.id, responses)
 
     def _keep_sample(self, prompt_id: str, responses: Sequence[Response]) -> None:
@@ -78,6 +82,7 @@ class SampleStats:
         length_mean/p10/p90 in tokens; truncated_share: share of responses cut at the length limit;
         length_score_correlation: Pearson correlation of length and score after each group's own mean is
         taken off both, so that long-answer prompts do not count as length preference;
+        order_consistency: share of compared pairs on which both orders said the same, for judges that compare;
         distinct_1/2 and self_bleu on the diversity sample, see `distinct_n` and `self_bleu`;
         score_histogram, length_histogram: see `histogram`.
         """
@@ -90,6 +95,7 @@ class SampleStats:
             "responses": len(lengths),
             "response_tokens": int(lengths.sum()),
             **self._score_metrics(sizes, judged, lengths),
+            **({"order_consistency": self._consistent / self._compared} if self._compared else {}),
             "length_mean": _mean(lengths),
             "length_p10": float(np.percentile(lengths, 10)) if len(lengths) else None,
             "length_p90": float(np.percentile(lengths, 90)) if len(lengths) else None,

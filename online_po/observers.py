@@ -27,9 +27,9 @@ class CompositeObserver:
                 stack.enter_context(observer.phase(name, round_))
             yield
 
-    def progress(self, name: str, done: int, total: int | None) -> None:
+    def progress(self, name: str, done: int, total: int | None, note: str = "") -> None:
         for observer in self.observers:
-            observer.progress(name, done, total)
+            observer.progress(name, done, total, note)
 
     def step(self, round_: int, metrics: dict[str, float]) -> None:
         for observer in self.observers:
@@ -59,7 +59,7 @@ class Silent:
     def phase(self, name: str, round_: int) -> Iterator[None]:
         yield
 
-    def progress(self, name: str, done: int, total: int | None) -> None:
+    def progress(self, name: str, done: int, total: int | None, note: str = "") -> None:
         pass
 
     def step(self, round_: int, metrics: dict[str, float]) -> None:

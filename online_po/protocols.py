@@ -116,8 +116,8 @@ class Observer(Protocol):
         """Around one phase: start, generate, judge, pair, reference, learn, save, commit, sync, evaluate."""
         ...
 
-    def progress(self, name: str, done: int, total: int | None) -> None:
-        """How far a phase is."""
+    def progress(self, name: str, done: int, total: int | None, note: str = "") -> None:
+        """How far a phase is, and what to know of it."""
         ...
 
     def step(self, round_: int, metrics: dict[str, float]) -> None:

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
-from online_po import files, guard_view
+from online_po import files, guard_view, judge_view
 from online_po.report_charts import BY_ROUND, TRAINING, charts, source_chart
 from online_po.run_view import (
     USEFUL_PHASES,
@@ -82,8 +82,12 @@ REASONS = {
     "in_train": "also in the training file",
     "held_out": "held out for evaluation",
     "timeout": "timed out",
+    "transport": "could not be reached, or would not serve",
+    "refusal": "declined to judge",
+    "unparsable": "gave no verdict that can be read",
+    "abstained": "judges disagreed too much",
     "error": "raised an error",
-    "bad_value": "gave no finite number",
+    "bad_value": "gave no finite number, or one out of range",
     "bad_length": "gave the wrong number of scores",
 }
 
@@ -134,6 +138,8 @@ def render(view: RunView) -> str:
         training_notes=TRAINING_NOTES | {"accuracy": ACCURACY_NOTES[view.example]},
         time_note=_time_note(view),
         left_out=_left_out(view),
+        judge=judge_view.table(view),
+        judge_notes=judge_view.notes(view),
         facts=_facts(view),
         css=(here / "report.css").read_text(encoding="utf-8"),
         plotly=plotly,

@@ -52,6 +52,12 @@ BY_ROUND = (
 )
 """(chart, title, (figure of the round's row, label) of each line)."""
 
+AGREEMENT = (
+    ("order_consistency", "both orders alike", 1),
+    ("judge_agreement", "agreement of judges (alpha)", 2),
+)
+"""(figure of the round's row, label, colour)."""
+
 PHASE_GROUPS: tuple[tuple[str, tuple[str, ...], int], ...] = (
     ("generate", ("generate",), 0),
     ("judge", ("judge",), 2),
@@ -69,7 +75,7 @@ PHASE_GROUPS: tuple[tuple[str, tuple[str, ...], int], ...] = (
 def charts(view: RunView) -> dict[str, Chart]:
     """Every chart the run has data for, by name."""
     found = heldout_charts(view) | training_charts(view) | round_charts(view)
-    found |= sampling_charts(view) | distribution_charts(view)
+    found |= sampling_charts(view) | distribution_charts(view) | judge_charts(view)
     if view.phases or view.trained_rounds:
         found["time"] = time_chart(view)
     return found
@@ -209,6 +215,27 @@ def sampling_charts(view: RunView) -> dict[str, Chart]:
             found[name] = {"series": series, "x": _axis("round", whole=True), "y": y}
     if "correlation" in found:
         found["correlation"]["line"] = 0
+    return found
+
+
+def judge_charts(view: RunView) -> dict[str, Chart]:
+    """How far the judge can be trusted, by round, and how long it takes."""
+    trials = [(r.number, r.judge_trial["accuracy"]) for r in view.rounds if r.judge_trial is not None]
+    agreement = [_by_round(view, key, label, color) for key, label, color in AGREEMENT]
+    agreement = [line for line in agreement if line["x"]]
+    if trials:
+        agreement.insert(0, _line("known pairs right", 0, trials))
+    found: dict[str, Chart] = {}
+    if agreement:
+        y = _axis("", range_=(min([0.0, *(v for line in agreement for v in line["y"])]), 1.05))
+        found["judge_trust"] = {"series": agreement, "x": _axis("round", whole=True), "y": y}
+    latency = [
+        _by_round(view, f"judge_latency_p{p}", f"{p}th percentile", color) for color, p in enumerate((50, 90, 99))
+    ]
+    if latency := [line for line in latency if line["x"]]:
+        found["judge_latency"] = {
+            "series": latency, "x": _axis("round", whole=True), "y": _axis("seconds", zero=True),
+        }  # fmt: skip
     return found
 
 

@@ -42,6 +42,8 @@ class RoundView:
     """The round's row of metrics.jsonl; empty before it is written."""
     evaluation: dict[str, Any] | None
     """`online_po.evaluation.EvalSummary` of the policy that the round made."""
+    judge_trial: dict[str, Any] | None = None
+    """`online_po.judge_trials.Trial` of the judge after the round; of round 0 before the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +155,7 @@ def _json_list(path: Path) -> list[dict[str, Any]]:
 
 def _load_round(folder: Path) -> RoundView:
     rows = list(_json_lines(folder / "metrics.jsonl"))
-    evaluation = folder / "eval.json"
+    evaluation, trial = folder / "eval.json", folder / "judge_trial.json"
     return RoundView(
         number=int(folder.name),
         folder=folder,
@@ -161,6 +163,7 @@ def _load_round(folder: Path) -> RoundView:
         steps=[row for row in rows if row["kind"] == "step"],
         summary=next((row for row in rows if row["kind"] == "round"), {}),
         evaluation=json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.exists() else None,
+        judge_trial=json.loads(trial.read_text(encoding="utf-8")) if trial.exists() else None,
     )
 
 

@@ -218,7 +218,7 @@ class FakeObserver:
         self.phases.append((name, round_))
         yield
 
-    def progress(self, name: str, done: int, total: int | None) -> None:
+    def progress(self, name: str, done: int, total: int | None, note: str = "") -> None:
         assert total is None or done <= total
 
     def step(self, round_: int, metrics: dict[str, float]) -> None: ...
