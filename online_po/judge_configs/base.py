@@ -77,6 +77,8 @@ class JudgeBase(Section):
     """Whether answers are kept in the run's judge cache."""
     general: ClassVar[bool] = True
     """Whether it judges responses in general; false: what a run's own prompts ask for."""
+    batches: ClassVar[bool] = False
+    """Whether it answers many questions at once: then `concurrency` and `timeout_s` of single calls mean nothing."""
     pairwise: ClassVar[bool] = False
     """Whether it is shown two responses at a time."""
 
