@@ -67,6 +67,12 @@ class ChatModel(Protocol):
     def for_group(self, group: Group) -> Chat: ...
 
 
+def charged(error: JudgeError, reply: Reply) -> JudgeError:
+    """The error, with what the reply it comes of took."""
+    error.prompt_tokens, error.response_tokens, error.cost = reply.prompt_tokens, reply.response_tokens, reply.cost
+    return error
+
+
 async def all_of(calls: Iterable[Awaitable[T]]) -> list[T]:
     """What calls give, in order. Each is let finish, as its answer may have been paid for; then the first error is
     raised, one that is no JudgeError before those that are."""

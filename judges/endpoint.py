@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from judges.chat import Reply, Token, Wording
+from judges.chat import Reply, Token, Wording, charged
 from judges.protocol import JudgeError
 from online_po.errors import ConfigError
 from online_po.judge_configs import Endpoint as EndpointConfig
@@ -144,9 +144,7 @@ class Endpoint:
             ) from None
         usage, choice = completion.usage or _Usage(), completion.choices[0]
         config = self._config
-        price = usage.prompt_tokens * (config.prompt_price or 0) + usage.completion_tokens * (
-            config.response_price or 0
-        )
+        asked, answered = config.prompt_price or 0.0, config.response_price or 0.0
         content = choice.logprobs.content if choice.logprobs is not None else None
         reply = Reply(
             text=choice.message.content or "",
@@ -154,7 +152,7 @@ class Endpoint:
             tokens=tuple(token.token_of_answer() for token in content or ()),
             prompt_tokens=usage.prompt_tokens,
             response_tokens=usage.completion_tokens,
-            cost=price / 1e6,
+            cost=(usage.prompt_tokens * asked + usage.completion_tokens * answered) / 1e6,
         )
         if choice.message.refusal:
             fault = JudgeError("refusal", f"it declined to judge: {self._said(choice.message.refusal)}")
@@ -181,12 +179,6 @@ class Endpoint:
         return text if len(text) <= MAX_SAID else text[: MAX_SAID - 1] + "…"
 
 
-def charged(error: JudgeError, reply: Reply) -> JudgeError:
-    """The error, with what the reply it comes of took."""
-    error.prompt_tokens, error.response_tokens, error.cost = reply.prompt_tokens, reply.response_tokens, reply.cost
-    return error
-
-
 def read_key(config: EndpointConfig) -> str | None:
     """The key; None where none is wanted. Raises ConfigError where it is not in the environment, or cannot be one."""
     variable = config.api_key_env
@@ -200,8 +192,8 @@ def read_key(config: EndpointConfig) -> str | None:
         )
     if not key.isascii() or not key.isprintable() or " " in key:
         raise ConfigError(
-            f"judge.api_key_env is {variable}, whose value holds a space, a line break or a letter that no key has; set "
-            "it to the key alone"
+            f"judge.api_key_env is {variable}, whose value holds a space, a line break or a letter that no key has; "
+            "set it to the key alone"
         )
     return key
 

@@ -93,8 +93,8 @@ def to_choice(value: Any) -> str:
     return value.strip().upper()
 
 
-def choice_probability(reply: Reply, choice: str) -> float:
-    """Probability of A against B where the answer names `choice`, from the logps at that place.
+def choice_probability(reply: Reply) -> float:
+    """Probability of A against B in an answer that was read already, from the logps at the verdict's place.
 
     Raises JudgeError("unparsable") where the endpoint's tokens do not make up its answer, or hold the letter together
     with others.

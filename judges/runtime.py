@@ -10,13 +10,13 @@ from concurrent.futures import Future
 from judges.asking import Asker
 from judges.calls import describe
 from judges.endpoint import Endpoint, read_key
-from judges.llm import ScoringJudge
+from judges.llm import ComparingJudge, ScoringJudge
 from judges.prompting import Prompting
 from judges.protocol import Judge, JudgeError, failed
 from judges.python import PythonJudge, load_function
 from judges.rules import RulesJudge
 from online_po.errors import ConfigError
-from online_po.judge_configs import JudgeBase, LlmScore, Python, Rules
+from online_po.judge_configs import JudgeBase, LlmPairwise, LlmScore, Python, Rules
 from online_po.types import Group, Judgement
 
 
@@ -31,7 +31,7 @@ def check_judge(config: JudgeBase) -> None:
             pass
         case Python():
             load_function(config.function)
-        case LlmScore():
+        case LlmScore() | LlmPairwise():
             read_key(config)
             Prompting(config)
         case _:
@@ -48,6 +48,8 @@ def build_judge(config: JudgeBase, asker: Asker | None = None) -> Judge:
             return PythonJudge(config, asker)
         case LlmScore():
             return ScoringJudge(config, asker, Endpoint(config))
+        case LlmPairwise():
+            return ComparingJudge(config, asker, Endpoint(config), soft=config.soft)
         case _:
             raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 

@@ -32,7 +32,7 @@ class Prompted(JudgeBase):
     )
     repeats_id: bool = Field(
         True,
-        description="Its answer repeats a number that is drawn for each question, so that an answer to another question "
+        description="Its answer repeats a number that is drawn for each question, so that an answer to another one "
         "is found out. false: for models too small to do so.",
     )
     temperature: float = Field(0.0, ge=0, le=2, description="Sampling temperature of the judge.")
@@ -104,8 +104,8 @@ class Endpoint(Prompted):
         """The value is not repeated: it may be the key itself."""
         if value is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
             raise ValueError(
-                "judge.api_key_env must be the name of an environment variable, in capitals, such as OPENAI_API_KEY; it "
-                "is another thing, perhaps the key itself, which belongs into the environment alone"
+                "judge.api_key_env must be the name of an environment variable, in capitals, such as OPENAI_API_KEY; "
+                "it is another thing, perhaps the key itself, which belongs into the environment alone"
             )
         return value
 
@@ -132,8 +132,8 @@ class Scoring(Prompted):
     def _check_scoring(self) -> Scoring:
         if not 0 < self.scale_max - self.scale_min <= 1000:
             raise ValueError(
-                f"judge.scale_max is {self.scale_max}, not 1 to 1000 above judge.scale_min = {self.scale_min}; choose a "
-                "scale such as 1 to 10"
+                f"judge.scale_max is {self.scale_max}, not 1 to 1000 above judge.scale_min = {self.scale_min}; choose "
+                "a scale such as 1 to 10"
             )
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("judge.samples is above 1, but judge.temperature is 0: all answers would be the same")
@@ -170,8 +170,8 @@ class LlmPairwise(Endpoint, Comparing):
     kind: Literal["llm_pairwise"] = "llm_pairwise"
     soft: bool = Field(
         False,
-        description="Preference is the probability of A against B by the logps of the answer's token; the endpoint must "
-        "give them.",
+        description="Preference is the probability of A against B by the logps of the answer's token; the endpoint "
+        "must give them.",
     )
 
 
