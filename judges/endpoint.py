@@ -8,7 +8,7 @@ import time
 from datetime import UTC
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from judges.chat import Reply, Token, Wording, charged
 from judges.protocol import JudgeError
@@ -114,10 +114,11 @@ class Endpoint:
             return JudgeError("refusal", f"the endpoint's filter let the question not pass: {said}")
         if status == 401 or status == 403:
             variable = self._config.api_key_env
-            key = (
-                f"the key in ${variable} (judge.api_key_env)" if variable else "calls without a key (judge.api_key_env)"
+            key = f"the key in ${variable}" if variable else "calls without a key"
+            return JudgeError(
+                "transport",
+                f"judge.base_url = {self._url} refuses {key} (judge.api_key_env), status {status}: {said}",
             )
-            return JudgeError("transport", f"judge.base_url = {self._url} refuses {key}, status {status}: {said}")
         if status == 404:
             return JudgeError(
                 "transport",
@@ -135,24 +136,21 @@ class Endpoint:
 
     def _read(self, body: str, is_json: bool, logps: bool) -> Reply:
         """Raises JudgeError for what is no whole answer."""
-        try:
-            completion = _Completion.model_validate_json(body)
-        except ValidationError as error:
-            what = f"{'.'.join(map(str, error.errors()[0]['loc'])) or 'body'}: {error.errors()[0]['msg']}"
-            raise JudgeError(
-                "unparsable", f"no chat completion came, but {self._said(body)!r} ({what})", retry=True
-            ) from None
+        completion = self._completion(body)
+        if isinstance(completion, JudgeError):
+            raise completion
         usage, choice = completion.usage or _Usage(), completion.choices[0]
         config = self._config
+        prompt_tokens, response_tokens = usage.prompt_tokens or 0, usage.completion_tokens or 0
         asked, answered = config.prompt_price or 0.0, config.response_price or 0.0
         content = choice.logprobs.content if choice.logprobs is not None else None
         reply = Reply(
-            text=choice.message.content or "",
+            text=self._without_key(choice.message.content or ""),
             is_json=is_json,
             tokens=tuple(token.token_of_answer() for token in content or ()),
-            prompt_tokens=usage.prompt_tokens,
-            response_tokens=usage.completion_tokens,
-            cost=(usage.prompt_tokens * asked + usage.completion_tokens * answered) / 1e6,
+            prompt_tokens=prompt_tokens,
+            response_tokens=response_tokens,
+            cost=(prompt_tokens * asked + response_tokens * answered) / 1e6,
         )
         if choice.message.refusal:
             fault = JudgeError("refusal", f"it declined to judge: {self._said(choice.message.refusal)}")
@@ -167,16 +165,27 @@ class Endpoint:
             return reply
         raise charged(fault, reply)
 
+    def _completion(self, body: str) -> _Completion | JudgeError:
+        """The error is not raised here: it would carry pydantic's, which repeats what the server said, keys and all."""
+        try:
+            return _Completion.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}"
+            message = f"no chat completion came, but {self._said(body)!r} ({what})"
+            return JudgeError("unparsable", message, retry=True)
+
     @property
     def _url(self) -> str:
         return self._config.base_url or OPENAI
 
     def _said(self, text: str) -> str:
         """A server's words on one line, short, without the key should it repeat it."""
-        if self._key:
-            text = text.replace(self._key, "***")
-        text = " ".join(text.split())
+        text = " ".join(self._without_key(text).split())
         return text if len(text) <= MAX_SAID else text[: MAX_SAID - 1] + "…"
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
 
 
 def read_key(config: EndpointConfig) -> str | None:
@@ -251,8 +260,8 @@ class _Choice(BaseModel):
 
 
 class _Usage(BaseModel):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: NonNegativeInt | None = None
+    completion_tokens: NonNegativeInt | None = None
 
 
 class _Completion(BaseModel):
