@@ -10,12 +10,15 @@ from pathlib import Path
 
 from judges.asking import OCCASION, ROUND, Asker
 from judges.calls import describe
+from judges.endpoint import Endpoint, read_key
+from judges.llm import ComparingJudge, ScoringJudge
+from judges.prompting import Prompting
 from judges.protocol import Judge, JudgeError, failed
 from judges.python import PythonJudge, load_function
 from judges.rules import RulesJudge
 from judges.store import JudgeStore, prepare, release
 from online_po.errors import ConfigError, OnlinePOError
-from online_po.judge_configs import Ensemble, JudgeBase, Python, Rules
+from online_po.judge_configs import Ensemble, JudgeBase, LlmPairwise, LlmScore, Python, Rules
 from online_po.types import Group, Judgement
 
 
@@ -30,6 +33,9 @@ def check_judge(config: JudgeBase) -> None:
             pass
         case Python():
             load_function(config.function)
+        case LlmScore() | LlmPairwise():
+            read_key(config)
+            Prompting(config)
         case _:
             raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 
@@ -42,6 +48,10 @@ def build_judge(config: JudgeBase, asker: Asker | None = None) -> Judge:
             return RulesJudge()
         case Python():
             return PythonJudge(config, asker)
+        case LlmScore():
+            return ScoringJudge(config, asker, Endpoint(config))
+        case LlmPairwise():
+            return ComparingJudge(config, asker, Endpoint(config), soft=config.soft)
         case _:
             raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 
@@ -49,8 +59,8 @@ def build_judge(config: JudgeBase, asker: Asker | None = None) -> Judge:
 async def judge_groups(judge: Judge, groups: Sequence[Group], round_: int = 0, occasion: str = "") -> list[Judgement]:
     """One judgement per group, in order; an error in one group is that group's JudgeFailure.
 
-    round_: what calls count for; occasion: what was said on another one is not remembered. Errors that are the run's, not a group's, are raised: BudgetError, a judge cache that
-    cannot be written.
+    round_: what calls count for; occasion: what was said on another one is not remembered. Errors that are the run's,
+    not a group's, are raised: BudgetError, a judge cache that cannot be written.
     """
     ROUND.set(round_)  # each group's task has its own copy
     OCCASION.set(occasion)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from online_po.judge_configs.base import JudgeBase
 from online_po.sections import LocalPath
@@ -27,6 +29,11 @@ class Prompted(JudgeBase):
     rationale: bool = Field(False, description="It gives its reasons before its verdict; they are kept.")
     fence: bool = Field(
         True, description="Responses stand between random delimiters, and what they say is not taken as instruction."
+    )
+    repeats_id: bool = Field(
+        True,
+        description="Its answer repeats a number that is drawn for each question, so that an answer to another one "
+        "is found out. false: for models too small to do so.",
     )
     temperature: float = Field(0.0, ge=0, le=2, description="Sampling temperature of the judge.")
     max_tokens: int = Field(512, ge=1, description="Tokens of one answer of the judge.")
@@ -69,6 +76,39 @@ class Endpoint(Prompted):
     prompt_price: float | None = Field(None, ge=0, description="Price of a million prompt tokens.")
     response_price: float | None = Field(None, ge=0, description="Price of a million tokens of its answers.")
 
+    @field_validator("base_url")
+    @classmethod
+    def _check_url(cls, value: str | None) -> str | None:
+        """The value is not repeated: it may hold a password."""
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value)
+            port = parts.port
+        except ValueError as error:
+            raise ValueError(f"judge.base_url is no URL ({error}); write it like http://localhost:8000/v1") from error
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or not value.isprintable():
+            raise ValueError("judge.base_url is no http or https URL; write it like http://localhost:8000/v1")
+        if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+            raise ValueError(
+                "judge.base_url holds more than a host and a path; keys and passwords belong into the environment, see "
+                "judge.api_key_env"
+            )
+        if parts.path.rstrip("/").endswith("/completions"):
+            raise ValueError("judge.base_url ends in /completions, which is added by itself; end it before, as in /v1")
+        return value
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _check_variable(cls, value: str | None) -> str | None:
+        """The value is not repeated: it may be the key itself."""
+        if value is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+            raise ValueError(
+                "judge.api_key_env must be the name of an environment variable, in capitals, such as OPENAI_API_KEY; "
+                "it is another thing, perhaps the key itself, which belongs into the environment alone"
+            )
+        return value
+
     @model_validator(mode="after")
     def _check_endpoint(self) -> Endpoint:
         if (self.prompt_price is None) != (self.response_price is None):
@@ -90,8 +130,11 @@ class Scoring(Prompted):
 
     @model_validator(mode="after")
     def _check_scoring(self) -> Scoring:
-        if self.scale_max <= self.scale_min:
-            raise ValueError(f"judge.scale_max is {self.scale_max}, not above judge.scale_min = {self.scale_min}")
+        if not 0 < self.scale_max - self.scale_min <= 1000:
+            raise ValueError(
+                f"judge.scale_max is {self.scale_max}, not 1 to 1000 above judge.scale_min = {self.scale_min}; choose "
+                "a scale such as 1 to 10"
+            )
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("judge.samples is above 1, but judge.temperature is 0: all answers would be the same")
         return self
@@ -110,18 +153,9 @@ class Comparing(Prompted):
     orders: Literal["both", "one"] = Field(
         "both", description="both: each pair is shown in both orders, and disagreement is a tie. one: in a drawn order."
     )
-    soft: bool = Field(
-        False, description="Preference is the probability of the answer's token, where the endpoint gives logps."
-    )
     bradley_terry_scale: float | None = Field(
         1.0, gt=0, description="Scores are Bradley-Terry log-strengths, so 1: see the other judges."
     )
-
-    @model_validator(mode="after")
-    def _check_comparing(self) -> Comparing:
-        if self.soft and self.rationale:
-            raise ValueError("judge.soft reads the first token's logps, so judge.rationale cannot be true; drop one")
-        return self
 
 
 class LlmScore(Endpoint, Scoring):
@@ -134,21 +168,32 @@ class LlmPairwise(Endpoint, Comparing):
     """A model behind an OpenAI-compatible endpoint compares responses two by two."""
 
     kind: Literal["llm_pairwise"] = "llm_pairwise"
+    soft: bool = Field(
+        False,
+        description="Preference is the probability of A against B by the logps of the answer's token; the endpoint "
+        "must give them.",
+    )
 
 
-class SelfScore(Scoring):
+class Self(Prompted):
+    """The run's own generator is asked, between the chunks that it samples."""
+
+    policy: Literal["current"] = Field(
+        "current", description="Which policy judges. current: the one that sampled the responses."
+    )
+    concurrency: int = Field(256, ge=1, description="Questions that wait for the generator at a time.")
+    timeout_s: float = Field(
+        3600.0, gt=0, description="Seconds after which a question counts as failed; the wait for the generator counts."
+    )
+
+
+class SelfScore(Self, Scoring):
     """The policy scores its own responses (Yuan et al. 2024, Self-Rewarding Language Models, 2401.10020)."""
 
     kind: Literal["self_score"] = "self_score"
-    policy: Literal["current", "start"] | int = Field(
-        "current", description="Which policy judges: the one that sampled, the starting model, or an earlier round's."
-    )
 
 
-class SelfPairwise(Comparing):
+class SelfPairwise(Self, Comparing):
     """The policy compares its own responses two by two."""
 
     kind: Literal["self_pairwise"] = "self_pairwise"
-    policy: Literal["current", "start"] | int = Field(
-        "current", description="Which policy judges: the one that sampled, the starting model, or an earlier round's."
-    )

@@ -80,7 +80,7 @@ def test_rows_that_cannot_be_judged_are_refused_before_any_is(tmp_path, row, wor
 
 
 def test_what_a_judge_needs_of_its_rows(source):
-    with pytest.raises(ConfigError, match=r"line 1: prompt metadata has no `?constraints"):
+    with pytest.raises(ConfigError, match=r"line 1: judge.kind: rules reads the prompt column"):
         judge(Rules(), source)
     with pytest.raises(ConfigError, match=r"line 2 has one response, but judge.kind: llm_pairwise compares"):
         judge(LlmPairwise(model="m", api_key_env=None, base_url="http://127.0.0.1:1/v1"), source)
