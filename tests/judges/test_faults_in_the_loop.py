@@ -114,7 +114,7 @@ def judged(parts: Parts) -> list[tuple[Group, Judgement]]:
     return found
 
 
-def test_every_judgement_that_could_be_had_and_no_other(tmp_path, capsys):
+def test_every_judgement_that_could_be_had_and_no_other(tmp_path):
     model = FaultyModel(0.3)
     with serving(model) as server:
         parts = parts_of(tmp_path, server)
@@ -144,7 +144,3 @@ def test_every_judgement_that_could_be_had_and_no_other(tmp_path, capsys):
         for (group, _), judgement in zip(found, again, strict=True):
             assert judgement.scores is not None and [*judgement.scores] == [score(r.text) for r in group.responses]
         assert set(model.asked - before) == model.declined and max(model.paid.values()) == 1
-    with capsys.disabled():
-        print(
-            f"\nfaults served: {dict(model.served)}\ngroups without a label: {dict(failures)} of {len(found)}\n{took}"
-        )
