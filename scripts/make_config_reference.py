@@ -1,4 +1,4 @@
-"""Writes the config reference into README.md from the pydantic models; `--check` only compares.
+"""Writes the config reference into README.md and docs/judges.md from the pydantic models; `--check` only compares.
 
 python scripts/make_config_reference.py [--check]
 """
@@ -19,15 +19,15 @@ from online_po.loss_configs import Sigmoid
 from online_po.sections import Section
 
 README = Path(__file__).parents[1] / "README.md"
+JUDGES_PAGE = README.with_name("docs") / "judges.md"
 LOSS_NOTE = (
     "These are the options of the default loss. [docs/losses.md](docs/losses.md) has all losses with theirs. A list, "
     "such as `loss: [{name: sigmoid}, {name: sft, weight: 0.2}]`, is a mixture."
 )
-JUDGE_NOTE = (
-    "Every kind of judge has the keys of `rules` as well. [docs/judges.md](docs/judges.md) has a config that runs for "
-    "each."
-)
+JUDGE_NOTE = "These are the keys of every judge. [docs/judges.md](docs/judges.md) has all kinds with theirs."
 BEGIN, END = "<!-- config reference: begin (generated) -->", "<!-- config reference: end -->"
+JUDGE_BEGIN = "<!-- judge reference: begin (generated) -->"
+JUDGE_END = "<!-- judge reference: end -->"
 
 
 def type_name(annotation: object) -> str:
@@ -92,28 +92,34 @@ def reference() -> str:
             lines += [*section(name, Sigmoid), "", LOSS_NOTE, ""]
             continue
         if name == "judge":
-            for judge in JUDGES:
-                kind = judge.model_fields["kind"].default
-                lines += [
-                    *section(f"{name}` of kind `{kind}", judge, without=JudgeBase if judge is not Rules else Section),
-                    "",
-                ]
-            lines += [JUDGE_NOTE, ""]
+            lines += [*section(name, JudgeBase), "", JUDGE_NOTE, ""]
             continue
         (model,) = (a for a in (field.annotation, *typing.get_args(field.annotation)) if isinstance(a, type(Config)))
         lines += [*section(name, model), ""]
     return "\n".join([*lines, "</details>", END])
 
 
+def judge_reference() -> str:
+    """The settings of each kind of judge that the others have not."""
+    lines = [JUDGE_BEGIN, ""]
+    for judge in JUDGES:
+        if judge is not Rules:
+            lines += [*section(f"judge.kind: {judge.model_fields['kind'].default}", judge, without=JudgeBase), ""]
+    return "\n".join([*lines, JUDGE_END])
+
+
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    new = head + reference() + rest.split(END)[1]
-    if "--check" in sys.argv:
-        if new != text:
-            raise SystemExit("README.md: the config reference is out of date; run scripts/make_config_reference.py")
-        return
-    README.write_text(new, encoding="utf-8")
+    for path, begin, end, new in (
+        (README, BEGIN, END, reference()),
+        (JUDGES_PAGE, JUDGE_BEGIN, JUDGE_END, judge_reference()),
+    ):
+        text = path.read_text(encoding="utf-8")
+        head, rest = text.split(begin)
+        whole = head + new + rest.split(end)[1]
+        if "--check" not in sys.argv:
+            path.write_text(whole, encoding="utf-8")
+        elif whole != text:
+            raise SystemExit(f"{path.name}: the reference is out of date; run scripts/make_config_reference.py")
 
 
 if __name__ == "__main__":
