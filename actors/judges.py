@@ -6,8 +6,9 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,10 +16,12 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from judges.asking import Asker
 from judges.calls import describe
-from judges.runtime import build_judge, judge_groups
+from judges.runtime import build_judge, judge_groups, remembers
+from judges.store import JudgeStore, prepare, release
 from online_po.config import Config
-from online_po.errors import EngineError, OnlinePOError
+from online_po.errors import BudgetError, EngineError, OnlinePOError
 from online_po.judge_configs import JudgeBase
+from online_po.ledger import Ledger
 from online_po.types import Group, Judgement
 
 
@@ -26,7 +29,8 @@ class JudgeGroup:
     """A `protocols.JudgePool` over `judge.workers` processes; work goes to the one with the fewest groups.
 
     The actors start when this is made; `ready` waits for them. A judge's error is a JudgeFailure of its
-    group; a judge process that dies makes its futures raise EngineError.
+    group; a judge process that dies makes its futures raise EngineError. Judges that remember share the run's judge
+    cache, which is made here: LedgerError if it cannot be.
     """
 
     def __init__(self, config: Config) -> None:
@@ -34,7 +38,11 @@ class JudgeGroup:
         # Where the driver finds the user's module, a judge process must find it too.
         search_path = [os.path.abspath(folder) for folder in [os.getcwd(), *sys.path]]
         count = config.judge.workers
-        self._workers = [worker.remote(config.judge, search_path) for _ in range(count)]
+        self._cache: Path | None = None
+        if remembers(config.judge):
+            self._cache = Ledger(config.run_dir.absolute()).judge_cache
+            prepare(self._cache, nodes=sum(node["Alive"] for node in ray.nodes()))
+        self._workers = [worker.remote(config.judge, search_path, self._cache) for _ in range(count)]
         self._load = [0] * count
         self._lock = threading.Lock()
 
@@ -57,7 +65,8 @@ class JudgeGroup:
             raise EngineError(f"a judge process could not start: {_short(error)}") from error
 
     def submit(self, groups: Sequence[Group], round_: int = 0) -> Future[list[Judgement]]:
-        """One judgement per group, in order; EngineError if the process dies before it answers."""
+        """One judgement per group, in order; EngineError if the process dies before it answers, BudgetError where
+        `judge.budget` is spent, once calls that are under way in all processes are over."""
         with self._lock:
             index = self._load.index(min(self._load))
             self._load[index] += len(groups)
@@ -70,6 +79,10 @@ class JudgeGroup:
             error = done.exception()
             if error is None:
                 answer.set_result(done.result())
+            elif isinstance(error, RayTaskError) and isinstance(error.cause, BudgetError):
+                self._drain(lambda: answer.set_exception(error.cause))
+            elif isinstance(error, RayTaskError) and isinstance(error.cause, OnlinePOError):
+                answer.set_exception(error.cause)
             elif isinstance(error, RayError):
                 answer.set_exception(
                     EngineError(
@@ -80,29 +93,50 @@ class JudgeGroup:
             else:
                 answer.set_exception(error)
 
-        self._workers[index].judge.remote(list(groups)).future().add_done_callback(finish)
+        self._workers[index].judge.remote(list(groups), round_).future().add_done_callback(finish)
         return answer
+
+    def _drain(self, then: Callable[[], None]) -> None:
+        """Calls `then` once no process has a call under way: answers that were paid for are kept."""
+        waiting = {worker.drain.remote().future() for worker in self._workers}
+
+        def landed(done: Future[None]) -> None:
+            with self._lock:
+                waiting.discard(done)
+                last = not waiting
+            if last:
+                then()
+
+        for future in list(waiting):
+            future.add_done_callback(landed)  # a process that died has nothing under way either
 
     def close(self) -> None:
         """Ends the processes, busy or not."""
         for worker in self._workers:
             ray.kill(worker)
+        if self._cache is not None:
+            release(self._cache)
 
 
 class _JudgeWorker:
     """One judge process: an asynchronous actor, so that calls of many groups overlap."""
 
-    def __init__(self, config: JudgeBase, search_path: list[str]) -> None:
-        self._config = config
+    def __init__(self, config: JudgeBase, search_path: list[str], cache: Path | None) -> None:
+        self._config, self._cache = config, cache
         sys.path.extend(folder for folder in search_path if folder not in sys.path)
 
     async def ready(self) -> None:
         # Importing the user's module may take long; the actor's event loop stays free. Not in the
         # constructor: an error there would reach the driver as text only.
-        self._judge: Any = await asyncio.to_thread(build_judge, self._config, Asker(self._config))
+        store = None if self._cache is None else JudgeStore(self._cache)
+        self._asker = Asker(self._config, store, workers=self._config.workers)
+        self._judge: Any = await asyncio.to_thread(build_judge, self._config, self._asker)
 
-    async def judge(self, groups: list[Group]) -> list[Judgement]:
-        return await judge_groups(self._judge, groups)
+    async def judge(self, groups: list[Group], round_: int) -> list[Judgement]:
+        return await judge_groups(self._judge, groups, round_)
+
+    async def drain(self) -> None:
+        await self._asker.drain()
 
 
 def _short(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Calls to code that is not ours: so many at a time, each with a time-out, each error caught and named."""
+"""Calls to code that is not ours: sync or async, each error caught and named."""
 
 from __future__ import annotations
 
@@ -13,38 +13,32 @@ from judges.protocol import JudgeError
 
 
 class Calls:
-    """Runs sync and async functions for judges, at most `concurrency` at a time.
+    """Runs sync and async functions for judges. How many at a time and how long, `judges.asking.Asker` sees to.
 
     An async function is awaited on the event loop (it must not block it: nothing else runs meanwhile, not
-    even its time-out). A sync function runs in a thread. A thread cannot be killed: one that overruns its
-    time-out counts as failed and is left to itself, and another thread takes its place.
+    even its time-out). A sync function runs in a thread. A thread cannot be killed: one whose call is cancelled
+    (it overran its time-out) is left to itself, and another thread takes its place.
     One object serves one event loop.
     """
 
-    def __init__(self, concurrency: int, timeout_s: float) -> None:
-        self._slots = asyncio.Semaphore(concurrency)
-        self._timeout_s = timeout_s
+    def __init__(self) -> None:
         self._idle: list[_Worker] = []
 
     async def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """What `function(*args)` returns or resolves to.
 
-        Raises JudgeError: "timeout" after `timeout_s` seconds, "error" for whatever the function raises.
+        Raises JudgeError("error") for whatever the function raises.
         """
-        async with self._slots:
-            try:
-                async with asyncio.timeout(self._timeout_s) as timeout:
-                    return await self._run(function, args)
-            # The point of this place: an error of the user's code ends one group's judging, not the run.
-            except (Exception, SystemExit, asyncio.CancelledError) as error:
-                if isinstance(error, JudgeError):
-                    raise
-                task = asyncio.current_task()
-                if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                    raise  # we are being stopped; otherwise the function cancelled itself
-                if isinstance(error, TimeoutError) and timeout.expired():
-                    raise JudgeError("timeout", f"no answer within judge.timeout_s = {self._timeout_s:g} s") from error
-                raise JudgeError("error", describe(error)) from error
+        try:
+            return await self._run(function, args)
+        # The point of this place: an error of the user's code ends one group's judging, not the run.
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            if isinstance(error, JudgeError):
+                raise
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # we are being stopped; otherwise the function cancelled itself
+            raise JudgeError("error", describe(error)) from error
 
     async def _run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if inspect.iscoroutinefunction(function):

@@ -24,13 +24,16 @@ class Judge(Protocol):
 class JudgeError(Exception):
     """A judge could not label a group."""
 
-    prompt_tokens = response_tokens = 0
-    """Tokens that the call took all the same: an answer without a verdict is paid for too."""
-    cost = 0.0
-    """Their price."""
-
     def __init__(
-        self, kind: FailureKind, message: str, *, retry: bool = False, retry_after: float | None = None
+        self,
+        kind: FailureKind,
+        message: str,
+        *,
+        retry: bool = False,
+        retry_after: float | None = None,
+        prompt_tokens: int = 0,
+        response_tokens: int = 0,
+        cost: float = 0.0,
     ) -> None:
         super().__init__(message)
         self.kind: FailureKind = kind
@@ -38,6 +41,8 @@ class JudgeError(Exception):
         """Whether asking again may help."""
         self.retry_after = retry_after
         """Seconds that whoever was asked wants us to wait first."""
+        self.prompt_tokens, self.response_tokens, self.cost = prompt_tokens, response_tokens, cost
+        """What an answer cost that was of no use."""
 
 
 def failed(group: Group, kind: FailureKind, message: str) -> Judgement:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
+import hashlib
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from judges.asking import Answer, Asker, Question
@@ -32,7 +35,8 @@ class PythonJudge:
         self._function = load_function(config.function)
         self._scope = config.scope
         self._asker = asker
-        self._calls = Calls(config.concurrency, config.timeout_s)
+        asker.identify(source=source_hash(self._function))
+        self._calls = Calls()
 
     async def judge(self, group: Group) -> Judgement:
         if self._scope == "group":
@@ -73,6 +77,19 @@ def _to_list(result: Any) -> list[Any]:
         except TypeError:
             pass  # not iterable: refused below
     raise JudgeError("bad_value", f"the function returned a {type(result).__name__}, not one score per response")
+
+
+def source_hash(function: Callable[..., Any]) -> str:
+    """Hash of the file that a function is written in: a changed judge is another judge. What it imports does not
+    count, nor does a function without a file to read (written in C)."""
+    found: Any = inspect.unwrap(function)
+    if not (inspect.isroutine(found) or isinstance(found, functools.partial)):
+        found = type(found)  # an object that can be called
+    try:
+        path = inspect.getsourcefile(getattr(found, "func", found))
+    except TypeError:
+        path = None
+    return "" if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def load_function(name: str) -> Callable[..., Any]:

@@ -6,8 +6,9 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from pathlib import Path
 
-from judges.asking import Asker
+from judges.asking import ROUND, Asker
 from judges.calls import describe
 from judges.endpoint import Endpoint, read_key
 from judges.llm import ComparingJudge, ScoringJudge
@@ -15,8 +16,9 @@ from judges.prompting import Prompting
 from judges.protocol import Judge, JudgeError, failed
 from judges.python import PythonJudge, load_function
 from judges.rules import RulesJudge
-from online_po.errors import ConfigError
-from online_po.judge_configs import JudgeBase, LlmPairwise, LlmScore, Python, Rules
+from judges.store import JudgeStore, prepare, release
+from online_po.errors import ConfigError, OnlinePOError
+from online_po.judge_configs import Ensemble, JudgeBase, LlmPairwise, LlmScore, Python, Rules
 from online_po.types import Group, Judgement
 
 
@@ -54,8 +56,13 @@ def build_judge(config: JudgeBase, asker: Asker | None = None) -> Judge:
             raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 
 
-async def judge_groups(judge: Judge, groups: Sequence[Group]) -> list[Judgement]:
-    """One judgement per group, in order; an error in one group is that group's JudgeFailure."""
+async def judge_groups(judge: Judge, groups: Sequence[Group], round_: int = 0) -> list[Judgement]:
+    """One judgement per group, in order; an error in one group is that group's JudgeFailure.
+
+    round_: what calls count for. Errors that are the run's, not a group's, are raised: BudgetError, a judge cache that
+    cannot be written.
+    """
+    ROUND.set(round_)  # each group's task has its own copy
     return list(await asyncio.gather(*(_judge_one(judge, group) for group in groups)))
 
 
@@ -65,24 +72,46 @@ async def _judge_one(judge: Judge, group: Group) -> Judgement:
     except JudgeError as error:
         return failed(group, error.kind, str(error))
     except Exception as error:  # the fault boundary: a judge's bug costs one group, and is shown
+        if (ours := _of_the_run(error)) is not None:
+            raise ours from error
         return failed(group, "error", describe(error))
 
 
-class LocalJudgePool:
-    """A `protocols.JudgePool` in a thread of this process, without Ray."""
+def _of_the_run(error: BaseException) -> OnlinePOError | None:
+    """An error that no judge can mean for one group alone; it may be in a task group's."""
+    if isinstance(error, BaseExceptionGroup):
+        return next((found for inner in error.exceptions if (found := _of_the_run(inner)) is not None), None)
+    return error if isinstance(error, OnlinePOError) else None
 
-    def __init__(self, config: JudgeBase) -> None:
-        self._judge = build_judge(config)
+
+def remembers(config: JudgeBase) -> bool:
+    """Whether a judge keeps answers in the run's judge cache."""
+    return config.cached or (isinstance(config, Ensemble) and any(member.judge.cached for member in config.members))
+
+
+class LocalJudgePool:
+    """A `protocols.JudgePool` in a thread of this process, without Ray. cache: the judge cache; None: no memory."""
+
+    def __init__(self, config: JudgeBase, cache: Path | None = None) -> None:
+        self._cache = cache if remembers(config) else None
+        self._store = None
+        if self._cache is not None:
+            prepare(self._cache)
+            self._store = JudgeStore(self._cache)
+        self._judge = build_judge(config, Asker(config, self._store))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judges", daemon=True)
         self._thread.start()
 
     def submit(self, groups: Sequence[Group], round_: int = 0) -> Future[list[Judgement]]:
-        """One judgement per group, in order."""
-        return asyncio.run_coroutine_threadsafe(judge_groups(self._judge, groups), self._loop)
+        """One judgement per group, in order; BudgetError where `judge.budget` is spent."""
+        return asyncio.run_coroutine_threadsafe(judge_groups(self._judge, groups, round_), self._loop)
 
     def close(self) -> None:
         """Ends the thread; what is still being judged is left without an answer."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        if self._store is not None and self._cache is not None:
+            self._store.close()
+            release(self._cache)

@@ -132,7 +132,8 @@ def _run(start: Callable[[list[Observer], Callable[[Plan], None]], RunResult]) -
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 2 bad input, 3 stopped by a fault (a full disk too), 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 2 bad input, 3 stopped by a fault (a full disk too), 4 paused (judge.budget is
+    spent), 130 interrupted."""
     from online_po.errors import OnlinePOError
 
     try:

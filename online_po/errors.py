@@ -6,7 +6,7 @@ from __future__ import annotations
 class OnlinePOError(Exception):
     """Base of all errors raised on purpose; the CLI prints it without a traceback.
 
-    `exit_code` is what the command line returns: 2 for bad input, 3 for a run that stopped.
+    `exit_code` is what the command line returns: 2 for bad input, 3 for a run that stopped, 4 for one that pauses.
     """
 
     exit_code = 3
@@ -37,6 +37,8 @@ class JudgeFailureRateError(OnlinePOError):
 
 class BudgetError(OnlinePOError):
     """`judge.budget` is spent: the run pauses, and goes on with a higher one."""
+
+    exit_code = 4
 
 
 class SyncError(OnlinePOError):

@@ -87,6 +87,11 @@ class Ledger(Pieces):
     def info(self) -> dict[str, Any]:
         return files.read_json(self.root / "run.json")
 
+    @property
+    def judge_cache(self) -> Path:
+        """What judges were asked and answered (`online_po.judge_cache`); there if the judge remembers."""
+        return self.root / "judge_cache.sqlite"
+
     def config(self) -> Config:
         return Config.from_yaml(self.root / "config.yaml")
 

@@ -233,12 +233,13 @@ class _WeightHolder:
             return
         self._sync(version, round_)
         with self.parts.observer.phase("evaluate", round_):
-            summary = _evaluate(self.parts, version)
+            summary = _evaluate(self.parts, version, round_)
         self.parts.observer.evaluation(summary)
 
 
-def _evaluate(parts: Parts, version: int) -> dict[str, Any]:
-    """Samples and judges the held-out prompts; the seeds are the same for every version."""
+def _evaluate(parts: Parts, version: int, round_: int) -> dict[str, Any]:
+    """Samples and judges the held-out prompts; the seeds are the same for every version. Judging counts for `round_`,
+    as time does."""
     config, ledger, heldout = parts.config, parts.ledger, parts.heldout
     assert heldout is not None
     # As many sequences at a time as when sampling, but some chunks for every replica (and the same ones for one).
@@ -255,7 +256,7 @@ def _evaluate(parts: Parts, version: int) -> dict[str, Any]:
     for part, found in parts.generator.generate(chunks(), config.eval_sampling):
         rows = [part * size + place for place in found]
         made |= dict(zip(rows, found.values(), strict=True))
-        asked.append((rows, parts.judges.submit(list(found.values()))))
+        asked.append((rows, parts.judges.submit(list(found.values()), round_)))
         parts.observer.progress("evaluate", len(made), len(heldout))
     judged = {row: answer for rows, future in asked for row, answer in zip(rows, future.result(), strict=True)}
     groups = [made[row] for row in range(len(heldout))]

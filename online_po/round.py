@@ -16,6 +16,7 @@ from online_po.config import Config
 from online_po.cursor import PromptCursor
 from online_po.examples import count_examples, make_examples
 from online_po.guards import round_findings, rows_needed
+from online_po.judge_cache import judge_statistics
 from online_po.judging import Judging
 from online_po.loss_configs import reward_beta
 from online_po.metrics import likelihood_shift, round_means
@@ -139,6 +140,7 @@ def train_round(parts: Parts, round_: int) -> None:
             **kl,
             **({} if anchors.sampler_mismatch is None else {"sampler_mismatch": anchors.sampler_mismatch}),
             **count_examples(examples),
+            **{f"judge_{name}": value for name, value in judge_statistics(ledger.judge_cache, round_).items()},
             **parts.timer.round_seconds(round_),
         }
         earlier = [ledger.round_row(r) for r in rows_needed(config.guards, round_)]

@@ -75,6 +75,8 @@ class JudgeBase(Section):
     """Fields that change no answer: not part of a judge's identity in the cache."""
     cached: ClassVar[bool] = True
     """Whether answers are kept in the run's judge cache."""
+    batches: ClassVar[bool] = False
+    """Whether it answers many questions at once: then `concurrency` and `timeout_s` of single calls mean nothing."""
     pairwise: ClassVar[bool] = False
     """Whether it is shown two responses at a time."""
 

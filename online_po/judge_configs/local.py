@@ -44,6 +44,7 @@ class RewardModel(JudgeBase):
     NO_VERDICT: ClassVar[frozenset[str]] = JudgeBase.NO_VERDICT | {"batch_tokens"}
 
     kind: Literal["reward_model"] = "reward_model"
+    batches: ClassVar[bool] = True
     path: LocalOrHub = Field(description="Folder or hub name of the reward model.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     engine: Literal["transformers", "vllm"] = Field(
@@ -70,6 +71,7 @@ class Implicit(JudgeBase):
     NO_VERDICT: ClassVar[frozenset[str]] = JudgeBase.NO_VERDICT | {"batch_tokens"}
 
     kind: Literal["implicit"] = "implicit"
+    batches: ClassVar[bool] = True
     path: LocalOrHub = Field(
         description="The trained checkpoint: folder with full weights or an adapter, or a hub name."
     )

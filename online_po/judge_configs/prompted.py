@@ -178,12 +178,10 @@ class LlmPairwise(Endpoint, Comparing):
 class Self(Prompted):
     """The run's own generator is asked, between the chunks that it samples."""
 
+    batches: ClassVar[bool] = True
+
     policy: Literal["current"] = Field(
         "current", description="Which policy judges. current: the one that sampled the responses."
-    )
-    concurrency: int = Field(256, ge=1, description="Questions that wait for the generator at a time.")
-    timeout_s: float = Field(
-        3600.0, gt=0, description="Seconds after which a question counts as failed; the wait for the generator counts."
     )
 
 

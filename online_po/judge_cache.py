@@ -1,0 +1,166 @@
+"""The run's judge_cache.sqlite: its tables, how it is opened, and what a round's judging cost.
+
+`judges.store` writes it. It holds hashes of questions and the verdicts on them, never prompts, responses or keys.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from online_po.errors import LedgerError
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x6F704A43  # "opJC": tells our files from other people's
+BUSY_TIMEOUT_S = 60.0
+"""How long one process waits while another writes."""
+
+TABLES = """
+CREATE TABLE answers (
+    key BLOB PRIMARY KEY,        -- judges.questions.Question.key
+    judge TEXT NOT NULL,         -- hash of the judge's identity
+    round INTEGER NOT NULL,      -- what it was first asked for
+    value TEXT NOT NULL,         -- JSON
+    rationale TEXT,
+    prompt_tokens INTEGER NOT NULL,
+    response_tokens INTEGER NOT NULL,
+    cost REAL NOT NULL,
+    cut INTEGER NOT NULL
+);
+CREATE TABLE calls (             -- one row an attempt
+    id INTEGER PRIMARY KEY,
+    round INTEGER NOT NULL,
+    judge TEXT NOT NULL,
+    attempt INTEGER NOT NULL,    -- 1, then 2, ... for the same question
+    outcome TEXT NOT NULL,       -- ok, a FailureKind, open (under way), lost (the process died meanwhile)
+    key BLOB,                    -- while it is open
+    prompt_tokens INTEGER NOT NULL,
+    response_tokens INTEGER NOT NULL,
+    cost REAL NOT NULL,          -- of open and lost ones: the most it can be
+    seconds REAL,                -- NULL for open and lost ones
+    cut INTEGER NOT NULL
+);
+CREATE INDEX calls_of_round ON calls (round);
+CREATE INDEX open_calls ON calls (key) WHERE outcome = 'open';
+CREATE TABLE spent (             -- sums over calls, so that a budget is checked without reading them all
+    round INTEGER PRIMARY KEY,
+    calls INTEGER NOT NULL,      -- open ones included
+    money REAL NOT NULL          -- without open ones
+);
+CREATE TABLE hits (
+    round INTEGER NOT NULL,
+    judge TEXT NOT NULL,
+    count INTEGER NOT NULL,
+    PRIMARY KEY (round, judge)
+);
+"""
+
+
+def connect(path: Path, *, write: bool = False) -> sqlite3.Connection:
+    """An existing judge cache, in autocommit mode, for use by one thread at a time.
+
+    Raises LedgerError if it is not there, damaged, no judge cache, or of another schema version.
+    """
+    try:
+        uri = f"file:{quote(str(path.absolute()))}?mode={'rw' if write else 'ro'}"
+        found = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+        try:
+            require_ours(found, path)
+            # An answer that is handed on must survive a power cut too.
+            found.execute("PRAGMA synchronous = FULL")
+        except BaseException:
+            found.close()
+            raise
+    except sqlite3.Error as error:
+        raise explain(error, path) from error
+    return found
+
+
+def require_ours(connection: sqlite3.Connection, path: Path) -> None:
+    """Raises LedgerError unless the file is a judge cache of this schema version."""
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if application != APPLICATION_ID:
+        raise LedgerError(f"{str(path)!r} is not a judge cache; move it away, the run then makes a new one")
+    if version != SCHEMA_VERSION:
+        raise LedgerError(
+            f"{str(path)!r} was written with judge cache schema {version}, this version reads {SCHEMA_VERSION}; use "
+            "the version of online-po that wrote it, or move the file away: all in it is then asked, and paid, again"
+        )
+
+
+def explain(error: sqlite3.Error, path: Path) -> LedgerError:
+    """What SQLite says, with what to do about it."""
+    text = str(error)
+    if isinstance(error, sqlite3.OperationalError) and "unable to open" in text:
+        return LedgerError(
+            f"the judge cache {str(path)!r} cannot be opened ({text}): run.dir must be a folder that every judge "
+            "process can write to, on every node of the cluster"
+        )
+    if isinstance(error, sqlite3.OperationalError) and "locked" in text:
+        return LedgerError(
+            f"the judge cache {str(path)!r} was locked by another process for {BUSY_TIMEOUT_S:.0f} s; see that no "
+            "other program has it open, and that locks work on the file system of run.dir, then resume"
+        )
+    if isinstance(error, sqlite3.OperationalError):  # disk full, read-only, an I/O error
+        return LedgerError(
+            f"the judge cache {str(path)!r} cannot be used: {text}; mend that and resume, everything judged before is "
+            "kept"
+        )
+    return LedgerError(
+        f"the judge cache {str(path)!r} is damaged ({text}); restore it from a copy, or move it away: judgements of "
+        "finished parts are in the rounds' folders, all else is then asked, and paid, again"
+    )
+
+
+def judge_statistics(path: Path, round_: int) -> dict[str, Any]:
+    """What judging cost in one round, its evaluation included; {} where there is no judge cache.
+
+    calls: attempts, failed ones and those a killed process left included; retries: those of them that asked again;
+    hits: questions answered by the cache; prompt_tokens, response_tokens, cost; cut: answers on texts that were longer
+    than the judge's context; failed_calls: {kind: attempts that failed so}; latency_p50/p90/p99: seconds of attempts
+    that succeeded, None without any. Raises LedgerError for a damaged file.
+    """
+    if not path.exists():
+        return {}
+    try:
+        with closing(connect(path)) as connection:
+            calls, retries, prompt, response, cost, cut = connection.execute(
+                "SELECT count(*), coalesce(sum(attempt > 1), 0), coalesce(sum(prompt_tokens), 0),"
+                " coalesce(sum(response_tokens), 0), coalesce(sum(cost), 0.0), coalesce(sum(cut), 0)"
+                " FROM calls WHERE round = ?",
+                (round_,),
+            ).fetchone()
+            failures = connection.execute(
+                "SELECT outcome, count(*) FROM calls WHERE round = ? AND outcome NOT IN ('ok', 'open')"
+                " GROUP BY outcome ORDER BY outcome",
+                (round_,),
+            ).fetchall()
+            seconds = np.fromiter(
+                (row[0] for row in connection.execute(
+                    "SELECT seconds FROM calls WHERE round = ? AND outcome = 'ok'", (round_,)
+                )),
+                dtype=np.float64,
+            )  # fmt: skip
+            (hits,) = connection.execute(
+                "SELECT coalesce(sum(count), 0) FROM hits WHERE round = ?", (round_,)
+            ).fetchone()
+    except sqlite3.Error as error:
+        raise explain(error, path) from error
+    percentiles = {f"latency_p{p}": float(np.percentile(seconds, p)) if len(seconds) else None for p in (50, 90, 99)}
+    return {
+        "calls": calls,
+        "hits": hits,
+        "retries": retries,
+        "prompt_tokens": prompt,
+        "response_tokens": response,
+        "cost": cost,
+        "cut": cut,
+        "failed_calls": dict(failures),
+        **percentiles,
+    }
