@@ -99,7 +99,10 @@ class ComparingJudge:
         about = self._prompting.about(group.prompt, (one, other), chat.about)
         orders = [(one, other), (other, one)]
         if self._config.orders == "one":
-            orders = [orders[stable_seed("order", group.prompt.id, one.text, other.text) % 2]]
+            # A draw by what is compared, whichever of the two is the first of the group.
+            texts = sorted((one.text, other.text))
+            drawn = texts[stable_seed("order", group.prompt.id, *texts) % 2]
+            orders = [order for order in orders if order[0].text == drawn]
         answers = await all_of(
             self._ask(Question(prompt=group.prompt, responses=shown, about=about), chat) for shown in orders
         )

@@ -44,9 +44,9 @@ class Prompting:
 
     def __init__(self, config: Prompted) -> None:
         self._config = config
-        self._judge = stable_id([TEMPLATE, config.identity()])
         self._rubric = RUBRIC if config.rubric is None else _read(config.rubric, "judge.rubric")
         self._principles = read_principles(config)
+        self._judge = stable_id([TEMPLATE, config.identity()])
 
     def about(self, prompt: Prompt, responses: Sequence[Response], policy: str) -> str:
         """What a question on these responses says beside them: the policy that is asked, the principles that are drawn

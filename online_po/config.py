@@ -184,12 +184,7 @@ class Config(Section):
         rules = [
             (self.pairs.strategy != "top_bottom_k", "pairs", ("k",), "pairs.strategy: top_bottom_k"),
             (self.labels.rule != "top_bottom", "labels", ("share",), "labels.rule: top_bottom"),
-            (
-                self.judge.kind == "rules" or self.judge.batches,
-                "judge",
-                ("timeout_s", "concurrency"),
-                "another judge.kind",
-            ),
+            (no_calls, "judge", ("timeout_s", "concurrency"), "another judge.kind"),
             (self.generator.engine != "vllm", "generator", vllm_only, "generator.engine: vllm"),
             (self.learner.schedule == "constant", "learner", ("min_lr_ratio",), "another learner.schedule"),
             (self.eval.every == 0, "eval", evaluation, "eval.every above 0"),
