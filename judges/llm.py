@@ -150,6 +150,7 @@ async def ask(
         try:
             value, rationale = read(reply)
         except JudgeError as error:
+            error.retry = error.retry and chat.varies
             raise charged(error, reply) from None
         return Answer(
             value=value,

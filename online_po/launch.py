@@ -14,6 +14,7 @@ from typing import Any
 
 from online_po.config import Config
 from online_po.errors import GuardError, NonFiniteError
+from online_po.judge_configs import self_judges
 from online_po.ledger import Ledger
 from online_po.loop import evaluations, is_finished, run_rounds
 from online_po.observers import CompositeObserver, PhaseTimer, TensorBoardObserver
@@ -99,21 +100,31 @@ def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: Phas
     from actors.generators import GeneratorGroup
     from actors.judges import JudgeGroup
     from actors.learners import LearnerGroup
+    from actors.self_judges import SelfJudges
 
     # Actors load the model from the folder it was found in; the ledger keeps what the user wrote.
     config = plan.config.model_copy(
         update={"model": plan.config.model.model_copy(update={"path": str(plan.model_path), "revision": None})}
     )
+
+    def judges_of(config: Config) -> Any:
+        """The judges' processes; those that are the policy ask the generators."""
+        if self_judges(config.judge):
+            return SelfJudges(config, groups[0], plan.model_path, plan.tokenizer, questions)
+        return JudgeGroup(config)
+
+    groups: list[Any] = []
     with ExitStack() as stack:
         with observer.phase("start", 0):
             cluster.start(config.ray)
             stack.callback(cluster.stop)
-            # Before Ray goes, the sampling thread must have gone: with its actors ended, it ends.
+            # Before Ray goes, threads that wait for actors must have gone: with the actors ended, they end.
             sampler = ThreadPoolExecutor(1, thread_name_prefix="sampler")
-            stack.callback(sampler.shutdown)
-            groups: list[Any] = []
+            questions = ThreadPoolExecutor(1, thread_name_prefix="questions")
+            for executor in (sampler, questions):
+                stack.callback(executor.shutdown)
             deadline = time.monotonic() + config.ray.startup_timeout_s
-            for kind in (GeneratorGroup, LearnerGroup, JudgeGroup):
+            for kind in (GeneratorGroup, LearnerGroup, judges_of):
                 groups.append(kind(config))
                 stack.callback(groups[-1].close)
                 # vLLM measures what is free on its GPU while it starts: nobody else may take some meanwhile.

@@ -108,7 +108,6 @@ def test_samples_are_averaged_and_differ_in_their_seeds():
     )
     assert judgement.scores == (4.0,) and judgement.rationales == ("because\nbecause\nbecause",)
     assert len(set(model.seeds)) == 3
-    assert score(always_first, make_group("a"), samples=3, temperature=1.0)[1].seeds != model.seeds  # other words
     again = score(
         lambda asked: asked.verdict(1, reasons="x"), make_group("a"), samples=3, temperature=1, rationale=True
     )
