@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from online_po.config import Config
 from online_po.errors import ConfigError
+from online_po.judge_configs import self_judges
 from online_po.model_config import read_model_config
 from online_po.sections import SamplingConfig
 from online_po.types import Group, Policy, Request
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM takes for `max_lora_rank`."""
+QUESTION_TOKENS = 2048
+"""More than the words around what is judged take, whatever the tokenizer."""
 
 
 class Engine(Protocol):
@@ -71,22 +75,28 @@ def environment(config: Config, cores: int) -> dict[str, str]:
 
 def make_engine(config: Config) -> Engine:
     """The configured engine with the starting model, in this process. Raises EngineError, ConfigError."""
-    max_model_len = _max_model_len(config)
+    length = max_model_len(config)
     match config.generator.engine:
         case "vllm":
             from actors.vllm_engine import VllmEngine
 
             rank = config.learner.lora.rank if config.learner.lora is not None else None
-            return VllmEngine(config.model.path, config.generator, max_model_len=max_model_len, lora_rank=rank)
+            return VllmEngine(config.model.path, config.generator, max_model_len=length, lora_rank=rank)
         case "transformers":
             from actors.transformers_engine import TransformersEngine
 
-            return TransformersEngine(config.model, config.generator, max_model_len=max_model_len)
+            return TransformersEngine(config.model, config.generator, max_model_len=length)
 
 
-def _max_model_len(config: Config) -> int:
+def max_model_len(config: Config) -> int:
+    """Tokens of prompt and response, and of a question to the policy as its own judge, that an engine allocates for."""
     if config.generator.max_model_len is not None:
         return config.generator.max_model_len
-    wanted = config.prompts.max_tokens + config.generator.max_tokens
+    prompt, response = config.prompts.max_tokens, config.generator.max_tokens
+    wanted = prompt + response
+    for judge in self_judges(config.judge):
+        files = [Path(path).stat().st_size for path in (judge.rubric, judge.constitution) if path is not None]
+        shown = prompt + response * (2 if judge.pairwise else 1) + QUESTION_TOKENS + sum(files)
+        wanted = max(wanted, shown + judge.max_tokens)
     settings = read_model_config(config.model.path, config.model.path, config.model.revision).get_text_config()
     return min(wanted, getattr(settings, "max_position_embeddings", wanted))

@@ -20,6 +20,8 @@ from online_po.types import Group, Policy, Probe, Request, SyncReport
 IN_FLIGHT = 2
 """Chunks given to a replica: one running, one waiting, so that an engine never waits for the driver."""
 CLOSE_TIMEOUT_S = 5.0
+SAME_WEIGHTS = 1e-3
+"""How far, in nats, a replica may be from what it said of the probe before other weights were in its place."""
 
 
 class GeneratorReplica:
@@ -28,6 +30,7 @@ class GeneratorReplica:
     def __init__(self, replica: int, config: Config) -> None:
         self._replica, self._config = replica, config
         self._engine: Engine
+        self._lost: SyncError | None = None
 
     def start(self) -> str:
         """Loads the starting model. Returns the engine's dtype. Raises EngineError or ConfigError."""
@@ -47,10 +50,46 @@ class GeneratorReplica:
 
     @ray.method(num_returns="streaming")
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[dict[int, Group]]:
+        if self._lost is not None:
+            raise self._lost
         yield from self._engine.generate(requests, sampling)
 
     def sync(self, policy: Policy, probe: Probe) -> SyncReport:
         """Loads the weights and tells what is held; the verdict is the driver's. Raises SyncError if nothing loads."""
+        report, self._said = self._load(policy, probe)
+        self._held, self._lost = (policy, probe), None
+        return report
+
+    def answer(
+        self, requests: Sequence[Request], sampling: SamplingConfig, policy: Policy, probe: Probe
+    ) -> tuple[list[Group], SyncReport | None]:
+        """One group a request, by that policy's weights. Where it holds others, these are loaded for it, with a report,
+        and the others put back. Raises SyncError, then and for all that it is asked later, if they do not come back."""
+        if policy.version == self._engine.version:
+            return self._answer(requests, sampling), None
+        report, _ = self._load(policy, probe)
+        try:
+            return self._answer(requests, sampling), report
+        finally:
+            _, said = self._load(*self._held)
+            gaps = [abs(now - then) for now, then in zip(said, self._said, strict=True)]
+            off = sum(gaps) / len(gaps)
+            if not off <= SAME_WEIGHTS:  # written so that a NaN fails
+                self._lost = SyncError(
+                    f"generator replica {self._replica} answered as policy {policy.version}, but is not policy "
+                    f"{self._held[0].version} again: log-probabilities of the probe are off by {off:.4g} nats on "
+                    "average. Set judge.policy: current, and report this with the versions in run.json"
+                )
+                raise self._lost
+
+    def _answer(self, requests: Sequence[Request], sampling: SamplingConfig) -> list[Group]:
+        groups: dict[int, Group] = {}
+        for found in self._engine.generate(requests, sampling):
+            groups |= found
+        return [groups[place] for place in range(len(requests))]
+
+    def _load(self, policy: Policy, probe: Probe) -> tuple[SyncReport, list[float]]:
+        """The report, and the logps of the probe. Raises SyncError."""
         started = time.perf_counter()
         before = None if policy.version == self._engine.version else self._engine.token_logps(probe.token_ids)
         try:
@@ -62,13 +101,14 @@ class GeneratorReplica:
             ) from error
         held = self._engine.token_logps(probe.token_ids)
         gaps = [abs(mine - theirs) for mine, theirs in zip(held, probe.token_logps, strict=True)]
-        return SyncReport(
+        report = SyncReport(
             replica=self._replica,
             policy_version=self._engine.version,
             mean_logp_error=sum(gaps) / len(gaps),
             unmoved=held == before,
             seconds=time.perf_counter() - started,
         )
+        return report, held
 
     def close(self) -> None:
         """Ends the engine and whatever processes it has; nothing where it never started."""
@@ -144,26 +184,46 @@ class GeneratorGroup:
         """See `online_po.protocols.Generator`. Replicas load side by side."""
         refs = [a.sync.remote(policy, probe) for a in self._actors]
         reports: list[SyncReport] = [self._get(replica, ref, None) for replica, ref in enumerate(refs)]
-        assert self._tolerance is not None, "ready() comes first"
         for report in reports:
-            # Written so that a NaN fails.
-            if report.policy_version != policy.version or not report.mean_logp_error <= self._tolerance:
-                raise SyncError(
-                    f"generator replica {report.replica} should hold policy {policy.version} and says it holds "
-                    f"{report.policy_version}, but its log-probabilities of the probe differ from the learner's by "
-                    f"{report.mean_logp_error:.4g} nats on average (generator.sync_tolerance is {self._tolerance:g}); "
-                    "the weights did not arrive whole. Should they have, and the types differ, raise "
-                    "generator.sync_tolerance"
-                )
-            # Where types differ, the rounding hides small updates: old weights could pass for the new ones.
-            if report.unmoved and (self._proved is None or self._proved.token_logps != probe.token_logps):
-                raise SyncError(
-                    f"generator replica {report.replica} should hold policy {policy.version}, but says of the probe, "
-                    "bit for bit, what it said before the sync: the weights did not arrive. Report this with the "
-                    "versions in run.json; generator.engine: transformers takes weights in another way"
-                )
+            self._require(report, policy, probe)
         self._proved = probe
         return reports
+
+    def answer(
+        self, requests: Sequence[Request], sampling: SamplingConfig, policy: Policy, probe: Probe
+    ) -> list[Group]:
+        """One group a request, in order, by a policy's weights, whichever the replicas hold, and hold again afterwards.
+        From any thread, also while `generate` is under way: it comes between chunks. Raises EngineError, SyncError."""
+        share = -(-len(requests) // len(self._actors))
+        parts = [requests[start : start + share] for start in range(0, len(requests), share)]
+        refs = [a.answer.remote(part, sampling, policy, probe) for a, part in zip(self._actors, parts, strict=False)]
+        groups: list[Group] = []
+        for replica, ref in enumerate(refs):
+            found, report = self._get(replica, ref, None)
+            if report is not None:
+                self._require(report, policy, probe)
+            groups += found
+        return groups
+
+    def _require(self, report: SyncReport, policy: Policy, probe: Probe) -> None:
+        """Raises SyncError unless a replica holds the policy's weights."""
+        assert self._tolerance is not None, "ready() comes first"
+        # Written so that a NaN fails.
+        if report.policy_version != policy.version or not report.mean_logp_error <= self._tolerance:
+            raise SyncError(
+                f"generator replica {report.replica} should hold policy {policy.version} and says it holds "
+                f"{report.policy_version}, but its log-probabilities of the probe differ from the learner's by "
+                f"{report.mean_logp_error:.4g} nats on average (generator.sync_tolerance is {self._tolerance:g}); "
+                "the weights did not arrive whole. Should they have, and the types differ, raise "
+                "generator.sync_tolerance"
+            )
+        # Where types differ, the rounding hides small updates: old weights could pass for the new ones.
+        if report.unmoved and (self._proved is None or self._proved.token_logps != probe.token_logps):
+            raise SyncError(
+                f"generator replica {report.replica} should hold policy {policy.version}, but says of the probe, "
+                "bit for bit, what it said before the sync: the weights did not arrive. Report this with the "
+                "versions in run.json; generator.engine: transformers takes weights in another way"
+            )
 
     def close(self) -> None:
         """Ends the actors; safe after a failed start. One that is busy is given a few seconds."""

@@ -53,6 +53,8 @@ class Chat(Protocol):
 
     about: str
     """Which weights answer, where the judge's config does not say it: part of what the cache knows a question by."""
+    varies: bool
+    """Whether the same question, asked again, may get another answer."""
 
     async def chat(self, wording: Wording, *, seed: int, logps: bool = False) -> Reply:
         """One attempt. `seed`: of the sampling, where that is above temperature 0.

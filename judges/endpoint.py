@@ -36,6 +36,8 @@ class Endpoint:
     """
 
     about = ""
+    varies = True
+    """Even at temperature 0: servers are not exact, and they get well."""
 
     def __init__(self, config: EndpointConfig) -> None:
         import openai

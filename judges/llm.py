@@ -11,7 +11,7 @@ from judges.asking import Answer, Asker, Question
 from judges.bradley_terry import strengths
 from judges.chat import Chat, ChatModel, Reply, Wording, all_of, charged
 from judges.parsing import choice_probability, read_verdict, to_choice, to_scale
-from judges.prompting import Prompting
+from judges.prompting import TEMPLATE, Prompting
 from judges.protocol import JudgeError, scored
 from judges.ranking import RANKINGS
 from online_po.judge_configs.prompted import Comparing, Scoring
@@ -26,6 +26,7 @@ class ScoringJudge:
     def __init__(self, config: Scoring, asker: Asker, model: ChatModel) -> None:
         self._config, self._asker, self._model = config, asker, model
         self._prompting = Prompting(config)
+        asker.identify(template=TEMPLATE)
 
     async def judge(self, group: Group) -> Judgement:
         chat = self._model.for_group(group)
@@ -62,6 +63,7 @@ class ComparingJudge:
     def __init__(self, config: Comparing, asker: Asker, model: ChatModel, *, soft: bool = False) -> None:
         self._config, self._asker, self._model, self._soft = config, asker, model, soft
         self._prompting = Prompting(config)
+        asker.identify(template=TEMPLATE)
 
     async def judge(self, group: Group) -> Judgement:
         if len(group.responses) < 2:
@@ -97,7 +99,10 @@ class ComparingJudge:
         about = self._prompting.about(group.prompt, (one, other), chat.about)
         orders = [(one, other), (other, one)]
         if self._config.orders == "one":
-            orders = [orders[stable_seed("order", group.prompt.id, one.text, other.text) % 2]]
+            # A draw by what is compared, whichever of the two is the first of the group.
+            texts = sorted((one.text, other.text))
+            drawn = texts[stable_seed("order", group.prompt.id, *texts) % 2]
+            orders = [order for order in orders if order[0].text == drawn]
         answers = await all_of(
             self._ask(Question(prompt=group.prompt, responses=shown, about=about), chat) for shown in orders
         )
@@ -145,6 +150,7 @@ async def ask(
         try:
             value, rationale = read(reply)
         except JudgeError as error:
+            error.retry = error.retry and chat.varies
             raise charged(error, reply) from None
         return Answer(
             value=value,

@@ -14,7 +14,7 @@ _FENCED = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL)
 _LINE = re.compile(
     r"[*_`#>\s]*verdict(?:\s+(?P<id>[0-9a-z]+))?\s*[*_`]*:[*_`\s]*(?P<value>.+?)[*_`.\s]*", re.IGNORECASE
 )
-_WHOLE = re.compile(r"[+-]?\d{1,9}")
+_WHOLE = re.compile(r"[+-]?[0-9]{1,9}")
 _JSON_CHOICE = re.compile(r'"verdict"\s*:\s*"\s*[AB]', re.IGNORECASE)
 CHOICES = ("A", "B")
 

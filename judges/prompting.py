@@ -8,9 +8,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from judges.asking import Question
 from judges.chat import Wording
 from judges.parsing import CHOICES
+from judges.questions import Question
 from online_po.errors import ConfigError
 from online_po.judge_configs.prompted import Prompted, Scoring
 from online_po.seeds import stable_id, stable_seed
@@ -34,7 +34,7 @@ AS_TEXT = "{reasons}{end} exactly this one line, with your {what} in place of {p
 TEMPLATE = stable_id(
     [SYSTEM, FENCED, RUBRIC, PRINCIPLES, ASKED, SCORE, COMPARE, REASONS_JSON, REASONS_TEXT, AS_JSON, AS_TEXT]
 )
-"""Hash of the words: with other ones it is another question."""
+"""Hash of the words: with other ones it is another judge."""
 
 _ID_DIGITS = 6
 
@@ -44,15 +44,14 @@ class Prompting:
 
     def __init__(self, config: Prompted) -> None:
         self._config = config
-        self._judge = stable_id(config.identity())
         self._rubric = RUBRIC if config.rubric is None else _read(config.rubric, "judge.rubric")
         self._principles = read_principles(config)
+        self._judge = stable_id([TEMPLATE, config.identity()])
 
     def about(self, prompt: Prompt, responses: Sequence[Response], policy: str) -> str:
-        """What a question on these responses says beside them: the words, the principles that are drawn for them
-        (whatever their order), the policy that is asked."""
-        principles = self._draw(prompt, responses)
-        return json.dumps([TEMPLATE, policy, principles], ensure_ascii=False)
+        """What a question on these responses says beside them: the policy that is asked, the principles that are drawn
+        for them, whatever their order."""
+        return json.dumps([policy, *self._draw(prompt, responses)], ensure_ascii=False)
 
     def _draw(self, prompt: Prompt, responses: Sequence[Response]) -> list[str]:
         texts = sorted(response.text for response in responses)
@@ -85,7 +84,7 @@ class Prompting:
         self, question: Question, names: list[str], ask: str, what: str, place: str, schema: dict[str, Any]
     ) -> Wording:
         config, id_ = self._config, self.id_of(question)
-        principles = json.loads(question.about)[2]
+        principles = json.loads(question.about)[1:]
         fence = _Fence(question, self._judge) if config.fence else None
         given = [_block(ASKED, _conversation(question.prompt), fence)]
         given += [

@@ -24,11 +24,6 @@ class Judge(Protocol):
 class JudgeError(Exception):
     """A judge could not label a group."""
 
-    prompt_tokens = response_tokens = 0
-    """Tokens that the call took all the same: an answer without a verdict is paid for too."""
-    cost = 0.0
-    """Their price."""
-
     def __init__(
         self,
         kind: FailureKind,

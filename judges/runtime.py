@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
 from judges.asking import OCCASION, ROUND, Asker
 from judges.calls import describe
+from judges.chat import ChatModel
 from judges.endpoint import Endpoint, read_key
 from judges.llm import ComparingJudge, ScoringJudge
 from judges.prompting import Prompting
@@ -18,8 +19,21 @@ from judges.python import PythonJudge, load_function
 from judges.rules import RulesJudge
 from judges.store import JudgeStore, prepare, release
 from online_po.errors import ConfigError, OnlinePOError
-from online_po.judge_configs import Ensemble, JudgeBase, LlmPairwise, LlmScore, Python, Rules
+from online_po.judge_configs import (
+    Ensemble,
+    JudgeBase,
+    LlmPairwise,
+    LlmScore,
+    Python,
+    Rules,
+    Self,
+    SelfPairwise,
+    SelfScore,
+)
 from online_po.types import Group, Judgement
+
+AskPolicy = Callable[[Self], ChatModel]
+"""Gives the policy as a chat model."""
 
 
 def check_judge(config: JudgeBase) -> None:
@@ -36,12 +50,15 @@ def check_judge(config: JudgeBase) -> None:
         case LlmScore() | LlmPairwise():
             read_key(config)
             Prompting(config)
+        case SelfScore() | SelfPairwise():
+            Prompting(config)
         case _:
             raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 
 
-def build_judge(config: JudgeBase, asker: Asker | None = None) -> Judge:
-    """The judge that a config names; without an asker, one without memory. Raises ConfigError as `check_judge` does."""
+def build_judge(config: JudgeBase, asker: Asker | None = None, policy: AskPolicy | None = None) -> Judge:
+    """The judge that a config names; without an asker, one without memory. Raises ConfigError as `check_judge` does,
+    and for judges that are the policy where there is none."""
     asker = asker or Asker(config)
     match config:
         case Rules():
@@ -52,6 +69,15 @@ def build_judge(config: JudgeBase, asker: Asker | None = None) -> Judge:
             return ScoringJudge(config, asker, Endpoint(config))
         case LlmPairwise():
             return ComparingJudge(config, asker, Endpoint(config), soft=config.soft)
+        case SelfScore() if policy is not None:
+            return ScoringJudge(config, asker, policy(config))
+        case SelfPairwise() if policy is not None:
+            return ComparingJudge(config, asker, policy(config))
+        case SelfScore() | SelfPairwise():
+            raise ConfigError(
+                f"judge.kind is {config.kind}, the run's own policy, which only a run has; serve its weights, and set "
+                "judge.kind: llm_score or llm_pairwise"
+            )
         case _:
             raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 
@@ -91,15 +117,16 @@ def remembers(config: JudgeBase) -> bool:
 
 
 class LocalJudgePool:
-    """A `protocols.JudgePool` in a thread of this process, without Ray. cache: the judge cache; None: no memory."""
+    """A `protocols.JudgePool` in a thread of this process, without Ray. cache: the judge cache; None: no memory.
+    policy: gives judges that are the policy what they ask."""
 
-    def __init__(self, config: JudgeBase, cache: Path | None = None) -> None:
+    def __init__(self, config: JudgeBase, cache: Path | None = None, policy: AskPolicy | None = None) -> None:
         self._cache = cache if remembers(config) else None
         self._store = None
         if self._cache is not None:
             prepare(self._cache)
             self._store = JudgeStore(self._cache)
-        self._judge = build_judge(config, Asker(config, self._store))
+        self._judge = build_judge(config, Asker(config, self._store), policy)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judges", daemon=True)
         self._thread.start()

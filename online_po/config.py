@@ -19,7 +19,7 @@ from online_po.errors import ConfigError
 from online_po.example_checks import check_examples
 from online_po.example_configs import LabelsConfig, PairsConfig
 from online_po.guard_configs import GuardsConfig, check_guards
-from online_po.judge_configs import JUDGE_BY_KIND, JudgeBase, JudgeConfig, Member, Rules
+from online_po.judge_configs import JUDGE_BY_KIND, JudgeBase, JudgeConfig, Member, Rules, self_judges
 from online_po.loss_checks import check_losses
 from online_po.loss_configs import LOSS_BY_NAME, LossBase, LossName, Sigmoid
 from online_po.reference_configs import BetaControlConfig, ReferenceConfig
@@ -110,6 +110,7 @@ class Config(Section):
             )
         self._check_types()
         self._check_gpus()
+        self._check_self_judges()
         self._refuse_inert()
         if self.loop.max_staleness >= self.loop.rounds:
             raise ValueError(
@@ -177,14 +178,29 @@ class Config(Section):
                 "out"
             )
 
+    def _check_self_judges(self) -> None:
+        """Judges that are the policy itself: they run where the generators are."""
+        for judge in self_judges(self.judge):
+            if self.judge.workers != 1:
+                raise ValueError(
+                    f"judge.workers is {self.judge.workers}, but judge.kind {judge.kind} asks the generators and "
+                    "has no processes of its own; drop it, and see generator.replicas"
+                )
+            if isinstance(judge.policy, int) and judge.policy >= self.loop.rounds:
+                raise ValueError(
+                    f"judge.policy is {judge.policy}, but loop.rounds is {self.loop.rounds}: no round is sampled by a "
+                    "later policy; set it to current, or lower it"
+                )
+
     def _refuse_inert(self) -> None:
         """A setting that would be ignored beside another one is refused, not ignored."""
         evaluation = ("responses_per_prompt", "temperature", "bootstrap_samples", "early_stop")
         vllm_only = ("cpu_kv_cache_gib", "gpu_memory_utilization", "enforce_eager")
+        no_calls = self.judge.kind == "rules" or self.judge.batches
         rules = [
             (self.pairs.strategy != "top_bottom_k", "pairs", ("k",), "pairs.strategy: top_bottom_k"),
             (self.labels.rule != "top_bottom", "labels", ("share",), "labels.rule: top_bottom"),
-            (self.judge.kind == "rules", "judge", ("timeout_s", "concurrency"), "another judge.kind"),
+            (no_calls, "judge", ("timeout_s", "concurrency"), "another judge.kind"),
             (self.generator.engine != "vllm", "generator", vllm_only, "generator.engine: vllm"),
             (self.learner.schedule == "constant", "learner", ("min_lr_ratio",), "another learner.schedule"),
             (self.eval.every == 0, "eval", evaluation, "eval.every above 0"),

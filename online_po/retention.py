@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from online_po.config import Config
 from online_po.evaluation import best_version
+from online_po.judge_configs import self_judges
 from online_po.ledger import Ledger
 
 
@@ -35,6 +36,9 @@ class Retention:
         ledger, guards, staleness = self.ledger, self.config.guards, self.config.loop.max_staleness
         needed: defaultdict[int, set[str]] = defaultdict(set)
         back = set(range(max(1, newest - keep + 1), newest + 1))
+        for judge in self_judges(self.config.judge):
+            if isinstance(judge.policy, int) and judge.policy <= newest:
+                needed[judge.policy].add("policy")
         best = self._best(newest) if self._keeps_best else None
         if best:
             needed[best].add("policy")

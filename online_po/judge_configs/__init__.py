@@ -12,11 +12,11 @@ from pydantic import BeforeValidator, Field
 from online_po.judge_configs.base import JudgeBase
 from online_po.judge_configs.ensemble import Ensemble, Member, SingleJudge
 from online_po.judge_configs.local import Implicit, Plugin, Python, RewardModel, Rules
-from online_po.judge_configs.prompted import Endpoint, LlmPairwise, LlmScore, SelfPairwise, SelfScore
+from online_po.judge_configs.prompted import Endpoint, LlmPairwise, LlmScore, Self, SelfPairwise, SelfScore
 
 __all__ = [
     "JUDGE_BY_KIND", "Endpoint", "Ensemble", "Implicit", "JudgeBase", "JudgeConfig", "LlmPairwise", "LlmScore",
-    "Member", "Plugin", "Python", "RewardModel", "Rules", "SelfPairwise", "SelfScore", "SingleJudge",
+    "Member", "Plugin", "Python", "RewardModel", "Rules", "Self", "SelfPairwise", "SelfScore", "SingleJudge",
 ]  # fmt: skip
 
 
@@ -34,3 +34,9 @@ JudgeConfig = Annotated[AnyJudge, BeforeValidator(_with_kind)]
 
 JUDGES: tuple[type[JudgeBase], ...] = get_args(get_args(AnyJudge)[0])
 JUDGE_BY_KIND: dict[str, type[JudgeBase]] = {judge.model_fields["kind"].default: judge for judge in JUDGES}
+
+
+def self_judges(judge: JudgeBase) -> list[Self]:
+    """The judges of a config, itself or an ensemble's members, that ask the run's own policy."""
+    judges = [member.judge for member in judge.members] if isinstance(judge, Ensemble) else [judge]
+    return [judge for judge in judges if isinstance(judge, Self)]

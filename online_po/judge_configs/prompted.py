@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -178,12 +178,13 @@ class LlmPairwise(Endpoint, Comparing):
 class Self(Prompted):
     """The run's own generator is asked, between the chunks that it samples."""
 
-    policy: Literal["current"] = Field(
-        "current", description="Which policy judges. current: the one that sampled the responses."
-    )
-    concurrency: int = Field(256, ge=1, description="Questions that wait for the generator at a time.")
-    timeout_s: float = Field(
-        3600.0, gt=0, description="Seconds after which a question counts as failed; the wait for the generator counts."
+    batches: ClassVar[bool] = True
+
+    policy: Literal["current", "start"] | Annotated[int, Field(ge=1)] = Field(
+        "current",
+        description="Which policy judges. current: the one that sampled the responses. start: the starting model. A "
+        "number: that round's; rounds sampled by earlier ones are judged by those. Other weights than those that "
+        "sample are loaded for each batch of questions, and the sampling ones put back, with proof.",
     )
 
 
