@@ -37,7 +37,7 @@ def build_judge(config: JudgeBase, asker: Asker | None = None) -> Judge:
     asker = asker or Asker(config)
     match config:
         case Rules():
-            return RulesJudge()
+            return RulesJudge(config)
         case Python():
             return PythonJudge(config, asker)
         case _:
