@@ -47,6 +47,7 @@ class Sandbox:
         self._mode = mode
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        """None: not started, or it ended."""
         self._pending: dict[int, Future[dict[str, Any]]] = {}
         self._asked = 0
 
@@ -57,7 +58,7 @@ class Sandbox:
         """
         answer: Future[dict[str, Any]] = Future()
         with self._lock:
-            process = self._process if self._process and self._process.poll() is None else self._start()
+            process = self._process or self._start()
             self._asked += 1
             request = {"id": self._asked, "task": task, "seconds": seconds, "memory": MEMORY, "wall": wall}
             self._pending[self._asked] = answer
@@ -65,8 +66,8 @@ class Sandbox:
             try:
                 process.stdin.write(json.dumps(request).encode() + b"\n")
                 process.stdin.flush()
-            except OSError as error:
-                raise SandboxError(f"the sandbox process ended ({error})") from error
+            except OSError:  # it just died: `_read` says so to all who wait
+                pass
         try:
             reply = answer.result(wall + _PATIENCE)
         except FutureTimeout as error:
@@ -82,12 +83,11 @@ class Sandbox:
 
     def close(self) -> None:
         """Ends the process and what runs in it."""
-        with self._lock:
-            if self._process is not None:
-                assert self._process.stdin is not None
-                self._process.stdin.close()
-                self._process.wait()
-                self._process = None
+        process = self._process
+        if process is not None:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
         """Raises SandboxError where it cannot be."""
@@ -112,18 +112,22 @@ class Sandbox:
             process.wait()
             why = json.loads(first)["error"] if first else "it ended at once"
             raise SandboxError(f"the sandbox process did not start: {why}")
-        self._process, self._pending = process, {}
-        threading.Thread(target=_read, args=(process, self._pending), name="sandbox", daemon=True).start()
+        self._process = process
+        threading.Thread(target=self._read, args=(process,), name="sandbox", daemon=True).start()
         return process
 
-
-def _read(process: subprocess.Popen[bytes], pending: dict[int, Future[dict[str, Any]]]) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        reply = json.loads(line)
-        pending.pop(reply["id"]).set_result(reply)
-    for answer in list(pending.values()):
-        if not answer.done():
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
+        """Hands out replies until the process ends; then all who still wait are told."""
+        assert process.stdout is not None
+        for line in process.stdout:
+            reply = json.loads(line)
+            with self._lock:
+                answer = self._pending.pop(reply["id"])
+            answer.set_result(reply)
+        process.wait()
+        with self._lock:
+            self._process, waiting, self._pending = None, self._pending, {}
+        for answer in waiting.values():
             answer.set_exception(SandboxError("the sandbox process ended"))
 
 

@@ -163,13 +163,16 @@ class Server:
         try:
             while True:
                 for key, _ in self.selector.select(self.patience()):
-                    if key.fd == self.requests:
+                    child: Child | None = key.data
+                    if child is None:
                         if not self.take():
                             return
-                    elif key.fd in self.children:
-                        self.finish(self.children[key.fd])
-                    elif self.children.get(key.data.watch) is key.data:  # else it ended in this very turn
-                        self.listen(key.data)
+                    elif self.children.get(child.watch) is not child:
+                        continue  # it ended in this very turn
+                    elif key.fd == child.watch:
+                        self.finish(child)
+                    else:
+                        self.listen(child)
                 now = time.monotonic()
                 for child in self.children.values():
                     if child.deadline <= now and not child.late:
@@ -214,7 +217,7 @@ class Server:
             seconds=request["seconds"], deadline=time.monotonic() + request["wall"],
         )  # fmt: skip
         self.children[child.watch] = child
-        self.selector.register(child.watch, selectors.EVENT_READ)
+        self.selector.register(child.watch, selectors.EVENT_READ, child)
         self.selector.register(reads, selectors.EVENT_READ, child)
 
     def be_child(self, request: dict[str, Any], folder: str, nonce: str, writes: int) -> None:
