@@ -62,7 +62,7 @@ def build_judge(config: JudgeBase, asker: Asker | None = None, policy: AskPolicy
     asker = asker or Asker(config)
     match config:
         case Rules():
-            return RulesJudge()
+            return RulesJudge(config)
         case Python():
             return PythonJudge(config, asker)
         case LlmScore():

@@ -1,15 +1,28 @@
 import asyncio
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from judges.protocol import JudgeError
 from judges.rules import CONSTRAINTS, read_constraints, score_response, validate_constraints
 from judges.runtime import build_judge, check_judge, judge_groups
 from online_po.errors import ConfigError
 from online_po.judge_configs import Rules
 
 from .groups import make_group
+
+SCHEMA = {
+    "type": "object",
+    "required": ["name", "age"],
+    "properties": {"name": {"type": "string", "pattern": "^[A-Z]"}, "age": {"type": "integer", "minimum": 0}},
+}
+GYM_ENTRY = {
+    "question": "Calculate 5 - 3 - 6.",
+    "answer": "-4",
+    "metadata": {"source_dataset": "basic_arithmetic", "source_index": 0, "expression": "5 - 3 - 6"},
+}
 
 
 def score(text, kind, **parameters):
@@ -67,11 +80,85 @@ def score(text, kind, **parameters):
         ("quoted", {}, '"so it is', 0.25),
         ("quoted", {}, "so it is", 0.0),
         ("quoted", {}, '"', 0.0),
+        ("length", {"unit": "words", "low": 2, "high": 4}, "one two three", 1.0),
+        ("length", {"unit": "words", "low": 4}, "one two", 0.5 / 4),
+        ("length", {"unit": "characters", "high": 4}, "abcdefgh", 0.5 / 4),
+        ("length", {"unit": "characters", "high": 8}, "abcd efg", 1.0),
+        ("repetition", {"max_share": 0.2}, "a b c d e f", 1.0),
+        ("repetition", {"max_share": 0.5}, "a b C a B c a b c", 0.5 * (3 / 7) / 0.5),
+        ("repetition", {"max_share": 0.6}, "a b c a b c a b c", 1.0),
+        ("repetition", {"max_share": 0.25, "n": 1}, "so so so so", 0.5 * 0.25 / 0.75),
+        ("repetition", {"max_share": 0}, "too short", 1.0),
+        ("regex", {"pattern": r"\d{3}-\d{4}"}, "call 555-1234", 1.0),
+        ("regex", {"pattern": r"^\d{3}-\d{4}$"}, "call 555-1234", 0.0),
+        ("regex", {"pattern": "...$"}, "any end", 1.0),
+        ("regex", {"pattern": "sorry|cannot", "present": False}, "I can help", 1.0),
+        ("regex", {"pattern": "(?i)sorry|cannot", "present": False}, "Sorry, I cannot", 1 / 3),
+        ("valid_json", {}, '{"a": [1, 2.5, null]}', 1.0),
+        ("valid_json", {}, '```json\n{"a": 1}\n```', 1.0),
+        ("valid_json", {}, '"text"', 1.0),
+        ("valid_json", {}, 'Here you are: {"a": 1}', 0.25),
+        ("valid_json", {}, "Here:\n```json\n[1]\n```\nDone.", 0.25),
+        ("valid_json", {}, "{'a': 1}", 0.0),
+        ("valid_json", {}, "NaN", 0.0),
+        ("valid_json", {}, "[" * 20000 + "1", 0.0),
+        ("valid_json", {"schema": SCHEMA}, '{"name": "Ann", "age": 3}', 1.0),
+        ("valid_json", {"schema": json.dumps(SCHEMA)}, '{"name": "Ann", "age": 3}', 1.0),
+        ("valid_json", {"schema": SCHEMA}, '{"name": "Ann", "age": -3}', 0.5 / 2),
+        ("valid_json", {"schema": SCHEMA}, '{"name": "ann", "age": "x"}', 0.5 / 3),
+        ("valid_json", {"schema": SCHEMA}, "no data", 0.0),
+        ("language", {"code": "de"}, "Guten Morgen, wie geht es dir heute?", 1.0),
+        ("language", {"code": "ja"}, "こんにちは世界", 1.0),
+        ("language", {"code": "en", "among": ["en", "de"]}, "Yes.", 1.0),
+        ("language", {"code": "en", "among": ["en", "de"]}, "42", 0.0),
     ],
 )
 def test_scores(kind, parameters, text, expected):
     assert score(text, kind, **parameters) == pytest.approx(expected)
     assert score(f"\n {text} \n", kind, **parameters) == pytest.approx(expected)
+
+
+def test_length_in_tokens_is_the_sampled_ones():
+    constraints = read_constraints({"constraints": [{"type": "length", "unit": "tokens", "high": 3}]})
+    assert score_response("one", constraints, 3) == (1.0, "at most 3 tokens ✓")
+    assert score_response("one", constraints, 6) == (0.125, "at most 3 tokens ✗ (6)")
+    group = make_group("one", metadata={"constraints": [{"type": "length", "unit": "tokens", "low": 2}]})
+    (verdict,) = asyncio.run(judge_groups(build_judge(Rules()), [group]))
+    assert verdict.scores == (0.5 * (1 / 2) ** 2,)  # its one token
+
+
+def test_another_language_gets_half_its_probability():
+    assert 0 < score("Guten Morgen, wie geht es dir", "language", code="nl") < 0.05
+
+
+def test_a_pattern_that_backtracks_for_ever_is_a_failure_not_a_score():
+    metadata = {"constraints": [{"type": "regex", "pattern": r"(a|aa)+$"}]}
+    good, bad = make_group("aaa", metadata=metadata), make_group("aaa", "a" * 60 + "!", metadata=metadata)
+    verdicts = asyncio.run(judge_groups(build_judge(Rules()), [good, bad]))
+    assert verdicts[0].scores == (1.0,)
+    assert verdicts[1].scores is None and verdicts[1].failure.kind == "timeout"
+    assert "response 1: pattern" in verdicts[1].failure.message
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"$ref": "https://example.com/schema.json"}, "cannot be applied"),
+        ({"type": "object", "properties": {"name": {"pattern": r"(a|aa)+$"}}}, "cannot be applied"),
+    ],
+)
+def test_a_schema_that_cannot_be_applied_is_a_failure(schema, message):
+    with pytest.raises(JudgeError, match=message):
+        score(json.dumps({"name": "a" * 60 + "!"}), "valid_json", schema=schema)
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=30), st.integers(1, 4), st.floats(0, 0.99))
+def test_repetition_counts_repeats(words, n, bound):
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    repeats = sum(gram in grams[:i] for i, gram in enumerate(grams))
+    value, _, _ = CONSTRAINTS["repetition"](" ".join(words), max_share=bound, n=n)
+    assert (value == 1.0) == (not grams or repeats / len(grams) <= bound + 1e-12)
+    assert value == 1.0 or value <= 0.5
 
 
 EXAMPLES = {
@@ -85,10 +172,20 @@ EXAMPLES = {
     "paragraphs": {"count": 2},
     "includes": {"keywords": ["a", "b"]},
     "excludes": {"keywords": ["a"]},
+    "length": {"unit": "words", "low": 2, "high": 3},
+    "repetition": {"max_share": 0.1, "n": 1},
+    "regex": {"pattern": "a.*B"},
+    "valid_json": {"schema": {"type": "number"}},
+    "language": {"code": "en", "among": ["en", "de"]},
+    "code": {"tests": ["assert f(1) == 2"]},
+    "math": {"answer": "7"},
+    "reasoning_gym": {"entry": GYM_ENTRY},
 }
+RUNNING = {"code", "math", "reasoning_gym"}
+"""Their own tests are in test_rules_that_run.py."""
 
 
-@given(st.text(alphabet='aB ,.!?\n-*"é7', max_size=40), st.sampled_from(sorted(CONSTRAINTS)))
+@given(st.text(alphabet='aB ,.!?\n-*"é7', max_size=40), st.sampled_from(sorted(set(CONSTRAINTS) - RUNNING)))
 def test_full_score_says_it_is_met_and_nothing_else_does(text, kind):
     value, rationale = score_response(text, [(kind, EXAMPLES.get(kind, {}))])
     assert 0.0 <= value <= 1.0
@@ -142,6 +239,19 @@ def test_judge():
         ({"constraints": [{"type": "ends_with", "phrase": " ."}]}, "phrase must be text"),
         ({"constraints": [{"type": "includes", "keywords": "a"}]}, "keywords must be a list of words"),
         ({"constraints": [{"type": "includes", "keywords": []}]}, "keywords must be a list of words"),
+        ({"constraints": [{"type": "length", "unit": "words"}]}, "no bound; give low, high or both"),
+        ({"constraints": [{"type": "length", "unit": "lines", "low": 1}]}, "unit must be words, characters or tokens"),
+        ({"constraints": [{"type": "length", "unit": "words", "low": 5, "high": 4}]}, "low is 5, above high = 4"),
+        ({"constraints": [{"type": "length", "low": 1}]}, r"length takes unit, low \(optional\), high \(optional\)"),
+        ({"constraints": [{"type": "length", "unit": "words", "low": 1, "tokens": 2}]}, "length takes unit"),
+        ({"constraints": [{"type": "repetition", "max_share": 1}]}, "max_share must be a number from 0 to below 1"),
+        ({"constraints": [{"type": "regex", "pattern": "a("}]}, "pattern is not a regular expression: missing"),
+        ({"constraints": [{"type": "regex", "pattern": "a", "present": "no"}]}, "present must be true or false"),
+        ({"constraints": [{"type": "valid_json", "schema": {"type": "objekt"}}]}, "schema is not a JSON schema"),
+        ({"constraints": [{"type": "valid_json", "schema": "{"}]}, "schema must be an object, or one as JSON text"),
+        ({"constraints": [{"type": "language", "code": "xx"}]}, "language 'xx' is not known; known are "),
+        ({"constraints": [{"type": "language", "code": "en", "among": ["de", "fr"]}]}, "it must name 'en'"),
+        ({"constraints": [{"type": "language", "code": "en", "among": ["en"]}]}, "at least one other language"),
     ],
 )
 def test_bad_constraints(metadata, message):
