@@ -55,3 +55,9 @@ def test_links_and_commands_exist():
     assert commands == {"judge", "pairs"}
     for command in commands:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+def test_the_page_of_constraints_is_up_to_date():
+    from make_rule_table import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page(), "run scripts/make_rule_table.py"
