@@ -24,8 +24,8 @@ A prompt's row has a column `constraints`, a list of `{"type": ..., ...parameter
 
 A response's score is the mean over them. Each gives 1 if and only if it is met, else partial credit by how far off the
 response is, at most 0.5 at the first fault: groups then tie less often, and "all met" stays plain to see. An empty
-response gets 0. Parameters are checked before a run starts: patterns, schemas, tests and answers that cannot be used are
-refused by name. `language`, `math` and `reasoning_gym` need `pip install online-po[rules]`.
+response gets 0. Parameters are checked before a run starts: patterns, schemas, tests and answers that cannot be used
+are refused by name. `language`, `math` and `reasoning_gym` need `pip install online-po[rules]`.
 
 | type | parameters | met if; else |
 |---|---|---|
