@@ -20,6 +20,8 @@ from online_po.types import Group, Policy, Probe, Request, SyncReport
 IN_FLIGHT = 2
 """Chunks given to a replica: one running, one waiting, so that an engine never waits for the driver."""
 CLOSE_TIMEOUT_S = 5.0
+SHARE = {1: 0.85, 2: 0.4, 3: 0.3}
+"""`generator.gpu_memory_utilization: null`, by how many actors hold the engine's GPU."""
 
 
 class GeneratorReplica:
@@ -86,14 +88,17 @@ class GeneratorGroup:
         check_engine(config)
         self._config = config
         place = cluster.placement(config)
-        memory = config.generator.gpu_memory_utilization or (0.4 if place.shared else 0.85)
+        memory = (
+            config.generator.gpu_memory_utilization
+            or SHARE[len(place.together) if "generator" in place.together else 1]
+        )
         settings = config.generator.model_copy(update={"gpu_memory_utilization": memory})
         config = config.model_copy(update={"generator": settings})
         variables = environment(config, cluster.cores()) | ({} if place.generator else {"CUDA_VISIBLE_DEVICES": ""})
         # Engines share the cores by `generator.threads`; Ray's own count would keep actors waiting.
         actor = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(GeneratorReplica)
         self._actors = [
-            actor.options(**place.options(place.generator, replica)).remote(replica, config)
+            actor.options(**place.options("generator", replica)).remote(replica, config)
             for replica in range(config.generator.replicas)
         ]
         self._started = [a.start.remote() for a in self._actors]

@@ -13,6 +13,9 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from actors import cluster
+from actors.engines import variables
+from actors.vllm_reward import load_reward_model
 from judges.asking import Asker
 from judges.calls import describe
 from judges.runtime import build_judge, judge_groups
@@ -30,11 +33,20 @@ class JudgeGroup:
     """
 
     def __init__(self, config: Config) -> None:
+        count = config.judge.workers
+        place = cluster.placement(config)
         worker = ray.remote(num_cpus=config.ray.judge_cpus, max_restarts=0)(_JudgeWorker)
+        options: dict[str, Any] = {}
+        if config.judge.holds_model:
+            passed = variables(int(config.ray.judge_cpus) or cluster.cores() // count)
+            passed |= {} if place.judge else {"CUDA_VISIBLE_DEVICES": ""}
+            options["runtime_env"] = {"env_vars": passed}
         # Where the driver finds the user's module, a judge process must find it too.
         search_path = [os.path.abspath(folder) for folder in [os.getcwd(), *sys.path]]
-        count = config.judge.workers
-        self._workers = [worker.remote(config.judge, search_path) for _ in range(count)]
+        self._workers = [
+            worker.options(**options, **place.options("judge", number)).remote(config.judge, search_path)
+            for number in range(count)
+        ]
         self._load = [0] * count
         self._lock = threading.Lock()
 
@@ -49,7 +61,7 @@ class JudgeGroup:
         except GetTimeoutError as error:
             raise EngineError(
                 f"the judge processes were not ready after {timeout:.0f} s; see whether the cluster has "
-                "ray.judge_cpus free for each of judge.workers, or raise ray.startup_timeout_s"
+                "ray.judge_cpus and ray.judge_gpus free for each of judge.workers, or raise ray.startup_timeout_s"
             ) from error
         except RayError as error:
             if isinstance(error, RayTaskError) and isinstance(error.cause, OnlinePOError):
@@ -97,9 +109,9 @@ class _JudgeWorker:
         sys.path.extend(folder for folder in search_path if folder not in sys.path)
 
     async def ready(self) -> None:
-        # Importing the user's module may take long; the actor's event loop stays free. Not in the
+        # Importing the user's module, or loading a model, may take long; the actor's event loop stays free. Not in the
         # constructor: an error there would reach the driver as text only.
-        self._judge: Any = await asyncio.to_thread(build_judge, self._config, Asker(self._config))
+        self._judge: Any = await asyncio.to_thread(build_judge, self._config, Asker(self._config), load_reward_model)
 
     async def judge(self, groups: list[Group]) -> list[Judgement]:
         return await judge_groups(self._judge, groups)

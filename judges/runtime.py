@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
 
 from judges.asking import Asker
 from judges.calls import describe
@@ -13,8 +14,11 @@ from judges.protocol import Judge, JudgeError, failed
 from judges.python import PythonJudge, load_function
 from judges.rules import RulesJudge
 from online_po.errors import ConfigError
-from online_po.judge_configs import JudgeBase, Python, Rules
+from online_po.judge_configs import Ensemble, Implicit, JudgeBase, Python, RewardModel, Rules
 from online_po.types import Group, Judgement
+
+if TYPE_CHECKING:
+    from judges.reward_scorer import MakeScorer
 
 
 def check_judge(config: JudgeBase) -> None:
@@ -28,18 +32,47 @@ def check_judge(config: JudgeBase) -> None:
             pass
         case Python():
             load_function(config.function)
+        case RewardModel():
+            from judges.reward_files import read_reward_files
+
+            read_reward_files(config)
+        case Implicit():
+            from judges.implicit import read_checkpoints
+
+            read_checkpoints(config)
         case _:
             raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 
 
-def build_judge(config: JudgeBase, asker: Asker | None = None) -> Judge:
-    """The judge that a config names; without an asker, one without memory. Raises ConfigError as `check_judge` does."""
+def check_judge_fits(config: JudgeBase, tokenizer: Any) -> None:
+    """Raises ConfigError where a judge cannot judge the policy whose tokenizer this is."""
+    members = [member.judge for member in config.members] if isinstance(config, Ensemble) else [config]
+    for member in members:
+        if isinstance(member, Implicit):
+            from judges.implicit import require_same_tokens
+
+            require_same_tokens(member, tokenizer)
+
+
+def build_judge(config: JudgeBase, asker: Asker | None = None, make_scorer: MakeScorer | None = None) -> Judge:
+    """The judge that a config names; without an asker, one without memory. Raises ConfigError as `check_judge` does.
+
+    `make_scorer`: loads reward models, for engines that this package does not know; None: `judge.engine: transformers`.
+    """
     asker = asker or Asker(config)
     match config:
         case Rules():
             return RulesJudge()
         case Python():
             return PythonJudge(config, asker)
+        case RewardModel():
+            from judges import reward_model, reward_scorer
+
+            return reward_model.RewardModelJudge(config, asker, make_scorer or reward_scorer.make_scorer)
+        case Implicit():
+            from judges.implicit import ImplicitJudge
+
+            return ImplicitJudge(config, asker)
         case _:
             raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 

@@ -75,9 +75,6 @@ class JudgeBase(Section):
     """Fields that change no answer: not part of a judge's identity in the cache."""
     cached: ClassVar[bool] = True
     """Whether answers are kept in the run's judge cache."""
-    pairwise: ClassVar[bool] = False
-    """Whether it is shown two responses at a time."""
-
     kind: str
     workers: int = Field(1, ge=1, description="Judge processes.")
     timeout_s: float = Field(60.0, gt=0, description="Seconds after which one call counts as failed.")
@@ -102,6 +99,16 @@ class JudgeBase(Section):
     calibration: CalibrationConfig = CalibrationConfig()  # type: ignore[call-arg]
     budget: BudgetConfig = BudgetConfig()  # type: ignore[call-arg]
     length: LengthConfig = LengthConfig()  # type: ignore[call-arg]
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether it is shown two responses at a time."""
+        return False
+
+    @property
+    def holds_model(self) -> bool:
+        """Whether its processes hold a model, and so want a GPU."""
+        return False
 
     def identity(self) -> dict[str, Any]:
         """All that an answer depends on, but for what is asked: what the cache knows the judge by. Files count by what

@@ -100,8 +100,6 @@ class Scoring(Prompted):
 class Comparing(Prompted):
     """Asked which of two responses is better."""
 
-    pairwise: ClassVar[bool] = True
-
     rank: Literal["round_robin", "best_worst", "tournament"] = Field(
         "round_robin",
         description="Which pairs of n responses are compared. round_robin: all. best_worst: those that find best "
@@ -116,6 +114,10 @@ class Comparing(Prompted):
     bradley_terry_scale: float | None = Field(
         1.0, gt=0, description="Scores are Bradley-Terry log-strengths, so 1: see the other judges."
     )
+
+    @property
+    def pairwise(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _check_comparing(self) -> Comparing:
