@@ -48,12 +48,10 @@ class ChatText:
             text = self._apply(messages)
         except (TemplateError, ValueError, TypeError) as error:
             raise ConfigError(
-                f"{name}, whose chat template fails on a plain conversation: {describe(error)}"
+                f"{name}, whose chat template fails on one question and answer: {describe(error)}"
             ) from error
         if missing := [message["content"] for message in messages if message["content"] not in text]:
-            raise ConfigError(
-                f"{name}, whose chat template leaves out what is said ({missing[0]!r} is not in {text!r})"
-            )
+            raise ConfigError(f"{name}, whose chat template leaves out what is said: {missing[0]!r} is not in {text!r}")
         if self._bos is not None and self._plain(text)[:2] == [self._bos, self._bos]:
             raise ConfigError(
                 f"{name}, whose chat template begins with two BOS tokens ({text[:60]!r}); take one out of its "

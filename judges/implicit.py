@@ -103,9 +103,9 @@ class ImplicitJudge:
             apply_chat_template=bool(self._files.tokenizer.chat_template),
             max_length=self._files.context,
         )
-        scorer = ImplicitScorer(config, self._files)
+        self._scorer = ImplicitScorer(config, self._files)
         self._batcher: Batcher[tuple[list[int], list[int]], float] = Batcher(
-            scorer.score, lambda item: len(item[0]) + len(item[1]), scorer.batch_tokens
+            self._scorer.score, lambda item: len(item[0]) + len(item[1]), self._scorer.batch_tokens
         )
 
     async def judge(self, group: Group) -> Judgement:

@@ -9,7 +9,7 @@ from itertools import combinations
 
 from judges.asking import Answer, Asker, Question
 from judges.batching import Batcher, ask_all
-from judges.bradley_terry import bradley_terry
+from judges.bradley_terry import strengths
 from judges.protocol import scored, to_score
 from judges.reward_files import LETTERS, RewardFiles, read_reward_files
 from judges.reward_scorer import MakeScorer, make_scorer
@@ -48,12 +48,12 @@ class RewardModelJudge:
             Comparison(
                 first=a.index,
                 second=b.index,
-                preference=(forward + 1 - backward) / 2,
+                preference=0.5 + (forward - backward) / 2,  # exactly 0.5 where they are the same
                 consistent=(forward - 0.5) * (0.5 - backward) > 0 or forward == backward == 0.5,
             )
             for (a, b), forward, backward in zip(pairs, found[::2], found[1::2], strict=True)
         )
-        scores = bradley_terry(len(group.responses), comparisons)
+        scores = strengths(len(group.responses), [(c.first, c.second, c.preference) for c in comparisons])
         return replace(scored(group, scores), comparisons=comparisons)
 
     async def _ask(self, question: Question) -> float:

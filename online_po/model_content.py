@@ -19,6 +19,7 @@ PIECES = 4
 """Of larger ones so many pieces of `PIECE` bytes count, from their first to their last byte."""
 TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")
 """Config, adapter config, tokenizer and chat template, in whatever files they are."""
+PLACES = ("_name_or_path", "base_model_name_or_path", "transformers_version")
 IRRELEVANT = frozenset({"generation_config.json", "trainer_state.json", "training_args.json", "README.txt"})
 
 
@@ -43,11 +44,15 @@ def content_hash(folder: str | Path) -> str:
 
 
 def _text(path: Path) -> bytes:
-    """A file's content; of an adapter's config without the place of the model it was trained on."""
+    """A file's content; a config however it is written, without the places of models and transformers' version."""
     content = path.read_bytes()
-    if path.name != ADAPTER_CONFIG:
+    if path.name not in ("config.json", ADAPTER_CONFIG):
         return content
-    return json.dumps(json.loads(content) | {"base_model_name_or_path": None}, sort_keys=True).encode()
+    try:
+        values = json.loads(content) | dict.fromkeys(PLACES)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{str(path)!r} is not valid JSON: {error}") from error
+    return json.dumps(values, sort_keys=True).encode()
 
 
 def count_weights(folder: str | Path) -> int:

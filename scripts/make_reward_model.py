@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Make a tiny reward model that has learned something: offline, on the CPU, in seconds.
 
-A tiny Llama with a one-number head (scripts/make_tiny_model.py) is trained by the Bradley-Terry loss on synthetic pairs:
-of two texts of random tokens the one with the larger share of lower-case letters and spaces is the better. Its accuracy
-on pairs that it has not seen is printed.
+A tiny Llama with a one-number head (scripts/make_tiny_model.py) is trained by the Bradley-Terry loss on synthetic
+pairs: of two texts of random tokens the one with the larger share of lower-case letters and spaces is the better. Its
+accuracy on pairs that it has not seen is printed.
 
     python scripts/make_reward_model.py FOLDER [--seed 0] [--steps 150]
 """
