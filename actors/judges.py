@@ -14,6 +14,9 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from actors import cluster
+from actors.engines import variables
+from actors.vllm_reward import load_reward_model
 from judges.asking import Asker
 from judges.calls import describe
 from judges.runtime import build_judge, judge_groups, remembers
@@ -34,15 +37,24 @@ class JudgeGroup:
     """
 
     def __init__(self, config: Config) -> None:
+        count = config.judge.workers
+        place = cluster.placement(config)
         worker = ray.remote(num_cpus=config.ray.judge_cpus, max_restarts=0)(_JudgeWorker)
+        options: dict[str, Any] = {}
+        if config.judge.holds_model:
+            passed = variables(int(config.ray.judge_cpus) or cluster.cores() // count)
+            passed |= {} if place.judge else {"CUDA_VISIBLE_DEVICES": ""}
+            options["runtime_env"] = {"env_vars": passed}
         # Where the driver finds the user's module, a judge process must find it too.
         search_path = [os.path.abspath(folder) for folder in [os.getcwd(), *sys.path]]
-        count = config.judge.workers
         self._cache: Path | None = None
         if remembers(config.judge):
             self._cache = Ledger(config.run_dir.absolute()).judge_cache
             prepare(self._cache, nodes=sum(node["Alive"] for node in ray.nodes()))
-        self._workers = [worker.remote(config.judge, search_path, self._cache) for _ in range(count)]
+        self._workers = [
+            worker.options(**options, **place.options("judge", number)).remote(config.judge, search_path, self._cache)
+            for number in range(count)
+        ]
         self._load = [0] * count
         self._lock = threading.Lock()
 
@@ -57,7 +69,7 @@ class JudgeGroup:
         except GetTimeoutError as error:
             raise EngineError(
                 f"the judge processes were not ready after {timeout:.0f} s; see whether the cluster has "
-                "ray.judge_cpus free for each of judge.workers, or raise ray.startup_timeout_s"
+                "ray.judge_cpus and ray.judge_gpus free for each of judge.workers, or raise ray.startup_timeout_s"
             ) from error
         except RayError as error:
             if isinstance(error, RayTaskError) and isinstance(error.cause, OnlinePOError):
@@ -126,11 +138,13 @@ class _JudgeWorker:
         sys.path.extend(folder for folder in search_path if folder not in sys.path)
 
     async def ready(self) -> None:
-        # Importing the user's module may take long; the actor's event loop stays free. Not in the
+        # Importing the user's module, or loading a model, may take long; the actor's event loop stays free. Not in the
         # constructor: an error there would reach the driver as text only.
         store = None if self._cache is None else JudgeStore(self._cache)
         self._asker = Asker(self._config, store, workers=self._config.workers)
-        self._judge: Any = await asyncio.to_thread(build_judge, self._config, self._asker)
+        self._judge: Any = await asyncio.to_thread(
+            build_judge, self._config, self._asker, make_scorer=load_reward_model
+        )
 
     async def judge(self, groups: list[Group], round_: int, occasion: str) -> list[Judgement]:
         return await judge_groups(self._judge, groups, round_, occasion)

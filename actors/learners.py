@@ -103,7 +103,7 @@ class LearnerGroup:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves the GPUs visible to an actor that asked for none
         actor = ray.remote(num_cpus=0, runtime_env={"env_vars": environment})(_Rank)
         self._ranks = [
-            actor.options(**place.options(place.learner, rank)).remote(config, rank, threads) for rank in range(ranks)
+            actor.options(**place.options("learner", rank)).remote(config, rank, threads) for rank in range(ranks)
         ]
         meeting = self._ranks[0].rendezvous.remote() if ranks > 1 else None
         self._starting = [rank.start.remote(meeting) for rank in self._ranks]

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from judges.asking import OCCASION, ROUND, Asker
 from judges.calls import describe
@@ -21,16 +22,21 @@ from judges.store import JudgeStore, prepare, release
 from online_po.errors import ConfigError, OnlinePOError
 from online_po.judge_configs import (
     Ensemble,
+    Implicit,
     JudgeBase,
     LlmPairwise,
     LlmScore,
     Python,
+    RewardModel,
     Rules,
     Self,
     SelfPairwise,
     SelfScore,
 )
 from online_po.types import Group, Judgement
+
+if TYPE_CHECKING:
+    from judges.reward_scorer import MakeScorer
 
 AskPolicy = Callable[[Self], ChatModel]
 """Gives the policy as a chat model."""
@@ -52,13 +58,41 @@ def check_judge(config: JudgeBase) -> None:
             Prompting(config)
         case SelfScore() | SelfPairwise():
             Prompting(config)
+        case RewardModel():
+            from judges.reward_files import read_reward_files
+
+            read_reward_files(config)
+        case Implicit():
+            from judges.implicit import read_checkpoints
+
+            read_checkpoints(config)
         case _:
             raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 
 
-def build_judge(config: JudgeBase, asker: Asker | None = None, policy: AskPolicy | None = None) -> Judge:
-    """The judge that a config names; without an asker, one without memory. Raises ConfigError as `check_judge` does,
-    and for judges that are the policy where there is none."""
+def check_judge_fits(config: JudgeBase, tokenizer: Any) -> None:
+    """Raises ConfigError where a judge cannot judge the policy whose tokenizer this is."""
+    members = [member.judge for member in config.members] if isinstance(config, Ensemble) else [config]
+    for member in members:
+        if isinstance(member, Implicit):
+            from judges.implicit import require_same_tokens
+
+            require_same_tokens(member, tokenizer)
+
+
+def build_judge(
+    config: JudgeBase,
+    asker: Asker | None = None,
+    *,
+    policy: AskPolicy | None = None,
+    make_scorer: MakeScorer | None = None,
+) -> Judge:
+    """The judge that a config names. Raises ConfigError as `check_judge` does.
+
+    Without an asker, it remembers nothing. `policy`: for judges that are the run's own policy; ConfigError where they
+    have none. `make_scorer`: loads reward models, for engines that this package does not know; None: `judge.engine:
+    transformers`.
+    """
     asker = asker or Asker(config)
     match config:
         case Rules():
@@ -78,6 +112,14 @@ def build_judge(config: JudgeBase, asker: Asker | None = None, policy: AskPolicy
                 f"judge.kind is {config.kind}, the run's own policy, which only a run has; serve its weights, and set "
                 "judge.kind: llm_score or llm_pairwise"
             )
+        case RewardModel():
+            from judges import reward_model, reward_scorer
+
+            return reward_model.RewardModelJudge(config, asker, make_scorer or reward_scorer.make_scorer)
+        case Implicit():
+            from judges.implicit import ImplicitJudge
+
+            return ImplicitJudge(config, asker)
         case _:
             raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 
@@ -126,7 +168,7 @@ class LocalJudgePool:
         if self._cache is not None:
             prepare(self._cache)
             self._store = JudgeStore(self._cache)
-        self._judge = build_judge(config, Asker(config, self._store), policy)
+        self._judge = build_judge(config, Asker(config, self._store), policy=policy)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judges", daemon=True)
         self._thread.start()

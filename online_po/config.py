@@ -37,6 +37,9 @@ from online_po.sections import (
 )
 from online_po.yaml_text import apply_override, load_yaml
 
+MODEL_KINDS = ("reward_model", "implicit")
+"""Judges that hold a model."""
+
 OTHER_NAMES = {
     "dpo": "sigmoid",
     "slic": "hinge",
@@ -165,6 +168,11 @@ class Config(Section):
             raise ValueError(
                 f"ray.generator_gpus is {engine:g}, but generator.tensor_parallel is {parallel}: an engine needs a GPU "
                 "for each part; give as many, or leave ray.generator_gpus out"
+            )
+        if self.ray.judge_gpus and self.judge.kind not in (*MODEL_KINDS, "python", "plugin", "ensemble"):
+            raise ValueError(
+                f"ray.judge_gpus is {self.ray.judge_gpus:g}, but judge.kind: {self.judge.kind} computes nothing on a "
+                "GPU; drop it"
             )
         if ranks > 1 and rank is not None and 0 < rank < 1:
             raise ValueError(

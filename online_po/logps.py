@@ -111,8 +111,11 @@ def logits_of(model: PreTrainedModel, hidden: Tensor, weights: Mapping[str, Tens
 
     `weights`: the head's `float32_weights`.
     """
-    logits = float32_head(model.get_output_embeddings(), hidden, weights)
-    config: PretrainedConfig = model.config.get_text_config()
+    return scaled_logits(float32_head(model.get_output_embeddings(), hidden, weights), model.config.get_text_config())
+
+
+def scaled_logits(logits: Tensor, config: PretrainedConfig) -> Tensor:
+    """What the head gave, scaled and capped as the config says."""
     if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
         logits = logits / divisor
     if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from online_po.config import Config
-from online_po.errors import ConfigError, first_line
+from online_po.errors import ConfigError
 from online_po.example_checks import check_prompt_columns
 from online_po.example_mix import wanted
 from online_po.given import ResponseEncoder
 from online_po.judge_trials import known_pairs
 from online_po.loss_checks import check_custom_losses, reads_scores
 from online_po.memory import memory
-from online_po.model_config import load_tokenizer, read_model_config
+from online_po.model_config import find_model, kv_numbers_per_token, load_tokenizer, read_model_config
+from online_po.model_content import count_weights
 from online_po.prompts import PromptSet, load_prompts
 from online_po.seed_pairs import PairRow, SeedPairs, load_seed_pairs, require_scores
 
@@ -68,7 +69,7 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
     Raises ConfigError for a model, tokenizer, prompt file, judge or engine that cannot be used.
     """
     from actors.engines import check_engine
-    from judges.runtime import check_judge
+    from judges.runtime import check_judge, check_judge_fits
 
     check_judge(config.judge)
     check_engine(config)
@@ -76,6 +77,7 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
     model_path = resolve_model(config)
     shape = read_shape(config, model_path)
     tokenizer = load_tokenizer(model_path, config.model.path)
+    check_judge_fits(config.judge, tokenizer)
     train, heldout = load_prompts(config.prompts, tokenizer, config.run.seed, on_progress)
     if config.judge.kind == "rules":
         from judges.rules import validate_constraints
@@ -152,64 +154,26 @@ def _given(
 
 def resolve_model(config: Config) -> Path:
     """The local folder of `model.path`: itself, or the hub's snapshot. Raises ConfigError."""
-    path = Path(config.model.path)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ConfigError(f"model.path is {str(path)!r}, a folder without config.json; give a Hugging Face folder")
-        return path.resolve()
-    if path.is_absolute() or config.model.path.startswith((".", "~")) or config.model.path.count("/") != 1:
-        raise ConfigError(
-            f"model.path is {config.model.path!r}, but no such folder exists; give a local Hugging Face folder or a "
-            "hub id such as `organisation/name`"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-    try:
-        return Path(snapshot_download(config.model.path, revision=config.model.revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.path is {config.model.path!r}: no such local folder, and the hub gave nothing "
-            f"({type(error).__name__}: {first_line(error)}); check the name, the network and HF_HUB_OFFLINE"
-        ) from error
+    return find_model(config.model.path, config.model.revision)
 
 
 def read_shape(config: Config, model_path: Path) -> ModelShape:
     """Context, size and KV cache of a model, from its files. Raises ConfigError."""
-    from safetensors import SafetensorError
-
     text_config = read_model_config(model_path, config.model.path).get_text_config()
-    weights = sorted(model_path.glob("*.safetensors"))
-    if not weights:
+    if not list(model_path.glob("*.safetensors")):
         raise ConfigError(
             f"model.path is {config.model.path!r}, which holds no .safetensors file; other formats can execute code "
             "when loaded, so convert it first (load with transformers, then save_pretrained)"
         )
     try:
-        parameters = sum(_count_weights(path) for path in weights)
-    except SafetensorError as error:
-        raise ConfigError(
-            f"model.path is {config.model.path!r}, with a file that is damaged or cut: {error}"
-        ) from error
-    queries = getattr(text_config, "num_attention_heads", None) or 1
-    heads = getattr(text_config, "num_key_value_heads", None) or queries
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // queries
+        parameters = count_weights(model_path)
+    except ConfigError as error:
+        raise ConfigError(f"model.path is {config.model.path!r}: {error}") from error
     return ModelShape(
         context=int(getattr(text_config, "max_position_embeddings", 0) or 1 << 30),
         parameters=parameters,
-        kv_bytes_per_token=2 * text_config.num_hidden_layers * heads * head_dim * BYTES[engine_dtype(config)],
+        kv_bytes_per_token=kv_numbers_per_token(text_config) * BYTES[engine_dtype(config)],
     )
-
-
-def _count_weights(path: Path) -> int:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    except SafetensorError as error:
-        raise SafetensorError(f"{path.name}: {error}") from error
 
 
 def model_fingerprint(model_path: Path) -> dict[str, Any]:
@@ -241,6 +205,16 @@ def engine_dtype(config: Config) -> str:
     return "float32" if on_cpu(config) else "bfloat16"
 
 
+def _judge_memory(config: Config) -> float:
+    """Bytes that one judge process takes for its models; 0 for judges that hold none."""
+    from judges.held import held_models
+
+    auto = "float32" if on_cpu(config) else "bfloat16"
+    return sum(
+        model.weights * BYTES[auto if model.dtype == "auto" else model.dtype] for model in held_models(config.judge)
+    )
+
+
 def _require_memory(config: Config, need: Estimate) -> None:
     """Raises ConfigError where a CPU could not even hold one engine, or one learner rank, with nothing beside it."""
     total = memory().total
@@ -259,6 +233,11 @@ def _require_memory(config: Config, need: Estimate) -> None:
             f"learner: one rank takes about {need.learner / GIB:.1f} GiB, but this machine has {total / GIB:.1f} GiB "
             f"in all; {remedy}give a smaller model as model.path"
         )
+    if need.judge > total:
+        raise ConfigError(
+            f"judge: one process takes about {need.judge / GIB:.1f} GiB, but this machine has {total / GIB:.1f} GiB in "
+            "all; give a smaller model as judge.path, or set judge.dtype: bfloat16"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +248,8 @@ class Estimate:
     """Memory of one learner rank but for activations."""
     generator: float
     """Memory of one engine."""
+    judge: float
+    """Memory of one judge process for its models."""
     disk: float
     """The run folder at its largest."""
     examples: int
@@ -302,6 +283,7 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
     return Estimate(
         learner=copies * weights / learner.ranks,
         generator=shape.parameters * BYTES[engine_dtype(config)] / generator.tensor_parallel + cache,
+        judge=_judge_memory(config),
         disk=kept * saved + references * saved / 3 + data,
         examples=examples,
         steps=math.ceil(examples / learner.global_batch_size) * learner.epochs,
@@ -350,7 +332,23 @@ def _figures(
         f"{need.steps * loop.rounds:,} in all{mix}",
         "learner memory": f"about {need.learner / GIB:.1f} GiB a rank (of {config.learner.ranks}), and activations",
         "engine memory": f"about {need.generator / GIB:.1f} GiB a replica (of {config.generator.replicas}){cache}",
+        **_judge_figures(config, need),
         "disk": f"up to {need.disk / GIB:.1f} GiB in {config.run_dir}",
+    }
+
+
+def _judge_figures(config: Config, need: Estimate) -> dict[str, str]:
+    """The models of a judge that holds some."""
+    from judges.held import held_models
+
+    models = held_models(config.judge)
+    if not models:
+        return {}
+    sizes = " + ".join(f"{model.weights / 1e6:,.1f} M" for model in models)
+    context = min(model.context for model in models)
+    return {
+        "judge": f"{config.judge.kind}, {sizes} weights, reads {context:,} tokens",
+        "judge memory": f"about {need.judge / GIB:.1f} GiB a process (of {config.judge.workers}), and activations",
     }
 
 
@@ -374,11 +372,13 @@ def _resource_warnings(config: Config, need: Estimate) -> list[str]:
             "run.keep_checkpoints or choose another run.dir"
         )
     wanted = need.learner * config.learner.ranks + need.generator * config.generator.replicas
+    wanted += need.judge * config.judge.workers
     available = memory().available
     if on_cpu(config) and wanted > available:
         found.append(
             f"memory: {available / GIB:.1f} GiB available, about {wanted / GIB:.1f} GiB needed; lower "
-            "generator.cpu_kv_cache_gib or generator.replicas, or set learner.lora"
+            f"generator.cpu_kv_cache_gib or generator.replicas, {'lower judge.workers, ' if need.judge else ''}or set "
+            "learner.lora"
         )
     return found
 

@@ -41,10 +41,11 @@ ADAPTER_FILE = "adapter_model.safetensors"
 # -- loading ---------------------------------------------------------------------------------------
 
 
-def load_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder or hub id, on the CPU, dropout off. Raises ConfigError if there is none."""
-    settings = read_model_config(config.path, config.path, config.revision)
-    with _quiet(), _explained(config):
+def load_causal_lm(config: ModelConfig, dtype: torch.dtype, setting: str = "model.path") -> PreTrainedModel:
+    """The model of a folder or hub id, on the CPU, dropout off. Raises ConfigError, naming `setting`, if there is
+    none."""
+    settings = read_model_config(config.path, config.path, config.revision, setting)
+    with _quiet(), _explained(config, setting):
         model, info = AutoModelForCausalLM.from_pretrained(
             config.path,
             revision=config.revision,
@@ -57,7 +58,7 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ConfigError(
-            f"model.path is {config.path!r}, whose weight files lack {missing}; give a complete causal language model"
+            f"{setting} is {config.path!r}, whose weight files lack {missing}; give a complete causal language model"
         )
     try:
         model.generation_config.validate(strict=True)
@@ -80,12 +81,12 @@ def empty_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @contextmanager
-def _explained(config: ModelConfig) -> Iterator[None]:
+def _explained(config: ModelConfig, setting: str = "model.path") -> Iterator[None]:
     """Turns what transformers raises on an unusable model into a ConfigError."""
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        if remedy := own_code(config.path, error):
+        if remedy := own_code(config.path, error, setting):
             raise ConfigError(remedy) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "attn" in reason or "attention" in reason.lower():
@@ -94,7 +95,7 @@ def _explained(config: ModelConfig) -> Iterator[None]:
                 "or eager"
             ) from error
         remedy = "it must be a folder or hub id of a causal language model with config.json and weights"
-        raise ConfigError(f"model.path is {config.path!r}, which cannot be loaded: {remedy}. {reason}") from error
+        raise ConfigError(f"{setting} is {config.path!r}, which cannot be loaded: {remedy}. {reason}") from error
 
 
 @contextmanager

@@ -149,7 +149,8 @@ class GeneratorConfig(SamplingConfig):
         None,
         gt=0,
         le=1,
-        description="Share of a GPU's memory vLLM may take. null: 0.85, or 0.4 where a learner rank shares the GPU.",
+        description="Share of a GPU's memory vLLM may take. null: 0.85, 0.4 where a learner rank shares the "
+        "GPU, 0.3 where a judge does too.",
     )
     cpu_kv_cache_gib: float = Field(2.0, gt=0, description="KV cache of an engine on the CPU, in GiB.")
     enforce_eager: bool | None = Field(

@@ -14,6 +14,7 @@ FailureKind = Literal[
     "unparsable",  # an answer, but no verdict in it
     "bad_value",  # a verdict that is no number, or out of range
     "bad_length",  # another number of verdicts than of responses
+    "too_long",  # a response that does not fit into the judge's context
     "abstained",  # judges that disagree too much
     "error",  # anything else
     "unanswered",  # the run stopped before the judge answered

@@ -79,8 +79,6 @@ class JudgeBase(Section):
     """Whether it judges responses in general; false: what a run's own prompts ask for."""
     batches: ClassVar[bool] = False
     """Whether it answers many questions at once: then `concurrency` and `timeout_s` of single calls mean nothing."""
-    pairwise: ClassVar[bool] = False
-    """Whether it is shown two responses at a time."""
 
     kind: str
     workers: int = Field(1, ge=1, description="Judge processes.")
@@ -106,6 +104,16 @@ class JudgeBase(Section):
     calibration: CalibrationConfig = CalibrationConfig()  # type: ignore[call-arg]
     budget: BudgetConfig = BudgetConfig()  # type: ignore[call-arg]
     length: LengthConfig = LengthConfig()  # type: ignore[call-arg]
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether it is shown two responses at a time."""
+        return False
+
+    @property
+    def holds_model(self) -> bool:
+        """Whether its processes hold a model, and so want a GPU."""
+        return False
 
     def identity(self) -> dict[str, Any]:
         """All that an answer depends on, but for what is asked: what the cache knows the judge by. Files count by what

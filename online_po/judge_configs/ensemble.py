@@ -61,6 +61,10 @@ class Ensemble(JudgeBase):
         "prompt's pairs of responses, the ensemble abstains: no label. 1: never.",
     )
 
+    @property
+    def holds_model(self) -> bool:
+        return any(member.judge.holds_model for member in self.members)
+
     def identity(self) -> dict[str, Any]:
         members = [member.model_dump(exclude={"judge"}) | member.judge.identity() for member in self.members]
         return super().identity() | {"members": members}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from online_po.judge_configs.base import JudgeBase
+from online_po.model_config import adapter_base, find_checkpoint, find_model, is_adapter
+from online_po.model_content import content_hash
 from online_po.sections import LocalOrHub
 
 
@@ -43,23 +46,29 @@ class Plugin(JudgeBase):
     options: dict[str, Any] = Field({}, description="Handed to it as keyword arguments.")
 
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
 class RewardModel(JudgeBase):
     """A reward model: a sequence classifier with one output, or one that compares two responses."""
 
-    NO_VERDICT: ClassVar[frozenset[str]] = JudgeBase.NO_VERDICT | {"batch_tokens"}
+    NO_VERDICT: ClassVar[frozenset[str]] = JudgeBase.NO_VERDICT | {"batch_tokens", "path", "revision"}
 
     kind: Literal["reward_model"] = "reward_model"
-    batches: ClassVar[bool] = True
     path: LocalOrHub = Field(description="Folder or hub name of the reward model.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     engine: Literal["transformers", "vllm"] = Field(
         "transformers", description="What runs it; vllm: its pooling runner."
     )
     compares: bool = Field(
-        False, description="It is given two responses and says which is better; false: it scores one response."
+        False,
+        description="It is given two responses and says which is better, see docs/judges.md for the form; false: it "
+        "scores one response.",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="What its layers compute in (the head is float32). auto: bfloat16 on GPUs that have it."
+    dtype: Dtype = Field(
+        "auto",
+        description="What its layers compute in (the head is float32). auto: bfloat16 on GPUs that have it, else "
+        "float32.",
     )
     max_length: int | None = Field(
         None,
@@ -67,23 +76,78 @@ class RewardModel(JudgeBase):
         description="Tokens of prompt and response together; more are cut off the prompt's left, and counted. null: "
         "the model's context.",
     )
-    batch_tokens: int = Field(16384, ge=1, description="Tokens in one batch, padding included.")
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens in one batch, padding included; a longer text goes alone. null: 16,384 on a GPU; on a CPU, "
+        "which gains nothing from batches, every text goes alone, and its score is the same bit for bit whatever else "
+        "is judged.",
+    )
+    timeout_s: float = Field(
+        600.0, gt=0, description="Seconds after which one call counts as failed; it may wait for others' batches."
+    )
+    concurrency: int = Field(128, ge=1, description="Texts that wait for a place in a batch, in one judge process.")
+
+    @property
+    def pairwise(self) -> bool:
+        return self.compares
+
+    @property
+    def holds_model(self) -> bool:
+        return True
+
+    def identity(self) -> dict[str, Any]:
+        """The model by what its files say. Raises ConfigError where it cannot be had."""
+        return super().identity() | {"model": content_hash(find_model(self.path, self.revision, "judge.path"))}
+
+    @model_validator(mode="after")
+    def _check(self) -> RewardModel:
+        if self.revision is not None and os.path.isdir(self.path):
+            raise ValueError(
+                f"judge.revision is {self.revision!r}, but judge.path is a local folder, which has none; drop it"
+            )
+        return self
 
 
 class Implicit(JudgeBase):
     """A DPO model as its own reward model: beta x (logps of `path` - logps of `reference`) (Rafailov et al. 2023)."""
 
-    NO_VERDICT: ClassVar[frozenset[str]] = JudgeBase.NO_VERDICT | {"batch_tokens"}
+    NO_VERDICT: ClassVar[frozenset[str]] = JudgeBase.NO_VERDICT | {"batch_tokens", "path", "reference"}
 
     kind: Literal["implicit"] = "implicit"
-    batches: ClassVar[bool] = True
     path: LocalOrHub = Field(
         description="The trained checkpoint: folder with full weights or an adapter, or a hub name."
     )
-    reference: LocalOrHub = Field(description="What it was trained against.")
+    reference: LocalOrHub = Field(description="What it was trained against: the same kinds of folder.")
     beta: float = Field(0.1, gt=0, description="The beta it was trained with: the unit of the scores.")
     average_logps: bool = Field(False, description="Per token instead of summed over the response.")
-    batch_tokens: int = Field(16384, ge=1, description="Tokens in one batch, padding included.")
+    dtype: Dtype = Field(
+        "auto",
+        description="What both compute in (the head is float32). auto: bfloat16 on GPUs that have it, else float32.",
+    )
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens in one batch, padding included; a longer text goes alone. null: 16,384 on a GPU; on a CPU "
+        "every text goes alone, and its score is the same bit for bit whatever else is judged.",
+    )
+    timeout_s: float = Field(
+        600.0, gt=0, description="Seconds after which one call counts as failed; it may wait for others' batches."
+    )
+    concurrency: int = Field(128, ge=1, description="Texts that wait for a place in a batch, in one judge process.")
+
+    @property
+    def holds_model(self) -> bool:
+        return True
+
+    def identity(self) -> dict[str, Any]:
+        """Both models by what their files say. Raises ConfigError where they cannot be had."""
+        checkpoint = find_checkpoint(self.path, "judge.path")
+        reference = find_checkpoint(self.reference, "judge.reference")
+        hashes = {"checkpoint": content_hash(checkpoint), "against": content_hash(reference)}
+        if is_adapter(reference):
+            hashes["base"] = content_hash(adapter_base(reference, "judge.reference"))
+        return super().identity() | hashes
 
     @model_validator(mode="after")
     def _check(self) -> Implicit:

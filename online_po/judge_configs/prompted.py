@@ -143,8 +143,6 @@ class Scoring(Prompted):
 class Comparing(Prompted):
     """Asked which of two responses is better."""
 
-    pairwise: ClassVar[bool] = True
-
     rank: Literal["round_robin", "best_worst", "tournament"] = Field(
         "round_robin",
         description="Which pairs of n responses are compared. round_robin: all. best_worst: those that find best "
@@ -156,6 +154,10 @@ class Comparing(Prompted):
     bradley_terry_scale: float | None = Field(
         1.0, gt=0, description="Scores are Bradley-Terry log-strengths, so 1: see the other judges."
     )
+
+    @property
+    def pairwise(self) -> bool:
+        return True
 
 
 class LlmScore(Endpoint, Scoring):
