@@ -45,7 +45,12 @@ class Endpoint:
         self._config = config
         self._key = read_key(config)
         self._client = openai.AsyncOpenAI(
-            api_key=self._key or NO_KEY, base_url=config.base_url or OPENAI, max_retries=0, timeout=config.timeout_s
+            api_key=self._key or NO_KEY,
+            base_url=config.base_url or OPENAI,
+            max_retries=0,
+            timeout=config.timeout_s,
+            # The client's own would close itself when it is collected, in whatever event loop runs then.
+            http_client=openai.DefaultAsyncHttpxClient(),
         )
         self._as_json = config.answers != "text"
         self._sure = config.answers != "auto"

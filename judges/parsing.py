@@ -99,7 +99,8 @@ def choice_probability(reply: Reply) -> float:
     Raises JudgeError("unparsable") where the endpoint's tokens do not make up its answer, or hold the letter together
     with others.
     """
-    if "".join(token.text for token in reply.tokens) != reply.text:
+    # Behind the text there may be what ends an answer.
+    if not "".join(token.text for token in reply.tokens).startswith(reply.text):
         raise _unparsable("the endpoint's logps are not of its answer; set judge.soft: false")
     place, begin = _place(reply), 0
     for token in reply.tokens:

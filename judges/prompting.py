@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -31,8 +32,10 @@ REASONS_JSON = 'Give your reasons in a few sentences as "reasons", then your ver
 REASONS_TEXT = "First give your reasons in a few sentences. "
 AS_JSON = "Answer with one JSON object like this and nothing else: {example}"
 AS_TEXT = "{reasons}{end} exactly this one line, with your {what} in place of {place}:\nVerdict{id}: {place}"
+CONTROL = r"<\|[^<>|\n]{1,64}\|>|<｜[^<>｜\n]{1,64}｜>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos)>"
+"""What chat templates mark turns with: most servers read it as that in whatever text it stands."""
 TEMPLATE = stable_id(
-    [SYSTEM, FENCED, RUBRIC, PRINCIPLES, ASKED, SCORE, COMPARE, REASONS_JSON, REASONS_TEXT, AS_JSON, AS_TEXT]
+    [SYSTEM, FENCED, RUBRIC, PRINCIPLES, ASKED, SCORE, COMPARE, REASONS_JSON, REASONS_TEXT, AS_JSON, AS_TEXT, CONTROL]
 )
 """Hash of the words: with other ones it is another judge."""
 
@@ -143,7 +146,9 @@ class _Fence:
             tries += 1
 
     def around(self, text: str) -> str:
-        return f"<<<{self.code}\n{text}\n{self.code}>>>"
+        """The text between its delimiters, marks of turns broken up by a space without width."""
+        plain = re.sub(CONTROL, lambda mark: f"{mark[0][0]}\u200b{mark[0][1:]}", text)
+        return f"<<<{self.code}\n{plain}\n{self.code}>>>"
 
 
 def _digest(*parts: str) -> str:

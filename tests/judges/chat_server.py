@@ -106,8 +106,11 @@ def serving(answer: Callable[[Asked], Sent | str]) -> Iterator[Server]:
                 self.end_headers()
                 self.wfile.write(content[: len(content) // 2] if sent.cut else content)
 
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listening.daemon_threads = True
+    class Listening(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128  # clients that connect at once
+
+    listening = Listening(("127.0.0.1", 0), Handler)
     server = Server(url=f"http://127.0.0.1:{listening.server_port}/v1")
     thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

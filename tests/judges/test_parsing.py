@@ -145,7 +145,7 @@ def test_what_is_no_choice(value):
 def reply(*texts, is_json=True, **logps):
     """The tokens; `logps` are of the verdict's, which is the one token with an alternative."""
     tokens = [Token(text=text, logps={text: -0.5, **{k: v for k, v in logps.items()}}) for text in texts]
-    return Reply(text="".join(texts), is_json=is_json, tokens=tuple(tokens))
+    return Reply(text="".join(texts).removesuffix("<|im_end|>"), is_json=is_json, tokens=tuple(tokens))
 
 
 HEAD = ('{"', "id", '": "', "314159", '", "', "ver", 'dict": "')
@@ -158,6 +158,7 @@ HEAD = ('{"', "id", '": "', "314159", '", "', "ver", 'dict": "')
         ((*HEAD[:-1], 'dict":', ' "A', '"}'), True),
         ((*HEAD, 'A"}'), True),
         (('{"verdict": "', "A", '", "id": "', "BABA", '"}'), True),
+        ((*HEAD, "A", '"}', "<|im_end|>"), True),
         (("A good one. ", "B", " is bad.\nVerdict", " 314159", ":", " A", "\n"), False),
     ],
 )

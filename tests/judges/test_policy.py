@@ -204,6 +204,7 @@ def test_self_judges_are_found_in_ensembles(tmp_path):
         ({"workers": 2}, r"judge\.workers is 2.*see generator\.replicas"),
         ({"timeout_s": 5.0}, r"judge\.timeout_s is 5"),
         ({"soft": True}, r"judge\.soft is for judge\.kind: llm_pairwise"),
+        ({}, r"judge\.kind is self_pairwise.*set eval\.every: 0"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, settings, message):
