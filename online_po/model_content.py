@@ -80,7 +80,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             raise ValueError(f"it has {size:,} bytes, but says {8 + length + end:,}")
         return header, 8 + length
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path.name} is damaged or cut: {error}") from error
+        raise ConfigError(f"{str(path)!r} is damaged or cut: {error}") from error
 
 
 def _add_weights(digest: hashlib._Hash, path: Path) -> None:

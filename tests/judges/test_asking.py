@@ -14,7 +14,7 @@ from judges.runtime import LocalJudgePool, judge_groups
 from judges.store import JudgeStore, prepare
 from online_po.errors import BudgetError, LedgerError
 from online_po.judge_cache import judge_statistics
-from online_po.judge_configs import LlmScore, Python, RewardModel
+from online_po.judge_configs import LlmScore, Python, SelfScore
 
 from .clock import run_fast
 from .groups import make_group
@@ -104,7 +104,7 @@ def test_slow_answers(config, tries):
 
 
 def test_judges_that_batch_have_no_time_out_and_no_places():
-    config = RewardModel(path="x")
+    config = SelfScore()
     asked = Endpoint(seconds=10 * config.timeout_s)
 
     async def crowd():
