@@ -9,11 +9,13 @@ from concurrent.futures import Future
 
 from judges.asking import Asker
 from judges.calls import describe
+from judges.ensemble import EnsembleJudge
+from judges.plugin import build_plugin, load_plugin
 from judges.protocol import Judge, JudgeError, failed
 from judges.python import PythonJudge, load_function
 from judges.rules import RulesJudge
 from online_po.errors import ConfigError
-from online_po.judge_configs import JudgeBase, Python, Rules
+from online_po.judge_configs import Ensemble, JudgeBase, Plugin, Python, Rules
 from online_po.types import Group, Judgement
 
 
@@ -28,6 +30,11 @@ def check_judge(config: JudgeBase) -> None:
             pass
         case Python():
             load_function(config.function)
+        case Plugin():
+            load_plugin(config)
+        case Ensemble():
+            for member in config.members:
+                check_judge(member.judge)
         case _:
             raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 
@@ -40,6 +47,10 @@ def build_judge(config: JudgeBase, asker: Asker | None = None) -> Judge:
             return RulesJudge(config)
         case Python():
             return PythonJudge(config, asker)
+        case Plugin():
+            return build_plugin(config, asker)
+        case Ensemble():
+            return EnsembleJudge(config, [build_judge(m.judge, asker.member(m.judge)) for m in config.members])
         case _:
             raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 

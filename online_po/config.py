@@ -183,7 +183,12 @@ class Config(Section):
         rules = [
             (self.pairs.strategy != "top_bottom_k", "pairs", ("k",), "pairs.strategy: top_bottom_k"),
             (self.labels.rule != "top_bottom", "labels", ("share",), "labels.rule: top_bottom"),
-            (self.judge.kind == "rules", "judge", ("timeout_s", "concurrency"), "another judge.kind"),
+            (
+                self.judge.kind == "ensemble",
+                "judge",
+                ("timeout_s", "concurrency"),
+                "another judge.kind, or in a member",
+            ),
             (self.generator.engine != "vllm", "generator", vllm_only, "generator.engine: vllm"),
             (self.learner.schedule == "constant", "learner", ("min_lr_ratio",), "another learner.schedule"),
             (self.eval.every == 0, "eval", evaluation, "eval.every above 0"),

@@ -16,7 +16,7 @@ from online_po.judge_configs.prompted import Endpoint, LlmPairwise, LlmScore, Se
 
 __all__ = [
     "JUDGE_BY_KIND", "Endpoint", "Ensemble", "Implicit", "JudgeBase", "JudgeConfig", "LlmPairwise", "LlmScore",
-    "Member", "Plugin", "Python", "RewardModel", "Rules", "SelfPairwise", "SelfScore", "SingleJudge",
+    "Member", "Plugin", "Python", "RewardModel", "Rules", "SelfPairwise", "SelfScore", "SingleJudge", "single_judges",
 ]  # fmt: skip
 
 
@@ -34,3 +34,8 @@ JudgeConfig = Annotated[AnyJudge, BeforeValidator(_with_kind)]
 
 JUDGES: tuple[type[JudgeBase], ...] = get_args(get_args(AnyJudge)[0])
 JUDGE_BY_KIND: dict[str, type[JudgeBase]] = {judge.model_fields["kind"].default: judge for judge in JUDGES}
+
+
+def single_judges(judge: JudgeBase) -> list[JudgeBase]:
+    """The members of an ensemble, or the judge itself."""
+    return [member.judge for member in judge.members] if isinstance(judge, Ensemble) else [judge]
