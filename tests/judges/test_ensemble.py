@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 from judges.asking import Asker
 from judges.ensemble import EnsembleJudge, combine, disagreement, in_order, member_names, normalised
 from judges.protocol import JudgeError, failed, scored
-from judges.runtime import build_judge, check_judge, judge_groups
+from judges.runtime import LocalJudgePool, build_judge, check_judge, judge_groups
+from online_po.config import Config
 from online_po.errors import BudgetError, ConfigError
 from online_po.judge_configs import Ensemble
+from online_po.loop import run_rounds
 from online_po.types import MemberScores
+from tests.fakes import make_config
+from tests.test_examples import PLAIN, summaries
+from tests.test_loop import make_parts
 
 from .groups import make_group
 
@@ -230,3 +235,56 @@ def test_it_is_built_of_real_members():
     assert verdict.scores == (0.0, 0.5, 1.0) and asked == ["rules", "python"]
     with pytest.raises(ConfigError, match="judge.function"):
         check_judge(config())
+
+
+# -- in a run, and in a config -------------------------------------------------------------------------
+
+MEMBERS = [
+    {"kind": "python", "function": "tests.judges.groups:number_said"},
+    {"kind": "python", "function": "tests.judges.groups:length"},
+]
+
+
+def test_a_run_keeps_what_each_member_gave_and_tells_how_far_they_agree(tmp_path):
+    judge = {"kind": "ensemble", "members": MEMBERS, "combine": "in_order"}
+    parts = make_parts(make_config(tmp_path, **PLAIN, judge=judge), 0)
+    parts.judges = LocalJudgePool(parts.config.judge)
+    try:
+        run_rounds(parts)
+    finally:
+        parts.judges.close()
+    for row in summaries(parts.ledger).values():
+        assert -1 <= row["judge_agreement"] <= 1
+    kept = [judgement for part in range(3) for judgement in parts.ledger.judgements(1, part)]
+    assert len(kept) == 8
+    for judgement in kept:
+        said, length = judgement.members
+        assert (said.name, length.name) == ("python 1", "python 2")
+        assert judgement.scores.index(max(judgement.scores)) == said.scores.index(max(said.scores))
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        (
+            {"members": MEMBERS, "timeout_s": 5},
+            "judge.timeout_s is 5.0, but has an effect only with another judge.kind",
+        ),
+        ({"members": MEMBERS, "concurrency": 5}, "judge.concurrency is 5, .* or in a member"),
+        ({"members": [{**MEMBERS[0], "min_gap": 1}, MEMBERS[1]]}, "min_gap is for judge.combine: in_order"),
+        ({"members": [{**MEMBERS[0], "workers": 2}, MEMBERS[1]]}, "judge.members.0.workers is the run's"),
+        ({"members": [{**MEMBERS[0], "weight": 2}, MEMBERS[1]], "combine": "minimum"}, "weight has no effect"),
+        ({"members": MEMBERS, "combine": "majority", "normalise": "none"}, "judge.normalise has no effect"),
+        ({"members": MEMBERS[:1]}, "at least 2"),
+    ],
+)
+def test_what_a_config_may_not_say(tmp_path, judge, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(tmp_path, **PLAIN, judge={"kind": "ensemble", **judge})
+
+
+def test_members_have_their_own_time_outs(tmp_path):
+    made: Config = make_config(
+        tmp_path, judge={"kind": "ensemble", "members": [{"kind": "rules", "timeout_s": 5}, *MEMBERS]}
+    )
+    assert made.judge.members[0].judge.timeout_s == 5
