@@ -16,7 +16,7 @@ from judges.calls import Calls
 from judges.protocol import JudgeError, scored, to_score
 from online_po import user_code
 from online_po.errors import ConfigError
-from online_po.judge_configs import Python
+from online_po.judge_configs import Plugin, Python
 from online_po.types import Group, Judgement, Response
 
 
@@ -31,9 +31,13 @@ class PythonJudge:
     label.
     """
 
-    def __init__(self, config: Python, asker: Asker) -> None:
-        self._function = load_function(config.function)
-        self._scope = config.scope
+    def __init__(self, config: Python | Plugin, asker: Asker, function: Callable[..., Any] | None = None) -> None:
+        """`function`: a plugin's, which scores single responses."""
+        if isinstance(config, Python):
+            self._function, self._scope = load_function(config.function), config.scope
+        else:
+            assert function is not None
+            self._function, self._scope = function, "response"
         self._asker = asker
         asker.identify(source=source_hash(self._function))
         self._calls = Calls()

@@ -13,7 +13,9 @@ from judges.asking import OCCASION, ROUND, Asker
 from judges.calls import describe
 from judges.chat import ChatModel
 from judges.endpoint import Endpoint, read_key
+from judges.ensemble import EnsembleJudge
 from judges.llm import ComparingJudge, ScoringJudge
+from judges.plugin import build_plugin, load_plugin
 from judges.prompting import Prompting
 from judges.protocol import Judge, JudgeError, failed
 from judges.python import PythonJudge, load_function
@@ -26,12 +28,14 @@ from online_po.judge_configs import (
     JudgeBase,
     LlmPairwise,
     LlmScore,
+    Plugin,
     Python,
     RewardModel,
     Rules,
     Self,
     SelfPairwise,
     SelfScore,
+    single_judges,
 )
 from online_po.types import Group, Judgement
 
@@ -66,14 +70,18 @@ def check_judge(config: JudgeBase) -> None:
             from judges.implicit import read_checkpoints
 
             read_checkpoints(config)
+        case Plugin():
+            load_plugin(config)
+        case Ensemble():
+            for member in config.members:
+                check_judge(member.judge)
         case _:
             raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 
 
 def check_judge_fits(config: JudgeBase, tokenizer: Any) -> None:
     """Raises ConfigError where a judge cannot judge the policy whose tokenizer this is."""
-    members = [member.judge for member in config.members] if isinstance(config, Ensemble) else [config]
-    for member in members:
+    for member in single_judges(config):
         if isinstance(member, Implicit):
             from judges.implicit import require_same_tokens
 
@@ -120,6 +128,16 @@ def build_judge(
             from judges.implicit import ImplicitJudge
 
             return ImplicitJudge(config, asker)
+        case Plugin():
+            return build_plugin(config, asker)
+        case Ensemble():
+            return EnsembleJudge(
+                config,
+                [
+                    build_judge(m.judge, asker.member(m.judge), policy=policy, make_scorer=make_scorer)
+                    for m in config.members
+                ],
+            )
         case _:
             raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 
@@ -155,7 +173,7 @@ def _of_the_run(error: BaseException) -> OnlinePOError | None:
 
 def remembers(config: JudgeBase) -> bool:
     """Whether a judge keeps answers in the run's judge cache."""
-    return config.cached or (isinstance(config, Ensemble) and any(member.judge.cached for member in config.members))
+    return any(judge.cached for judge in single_judges(config))
 
 
 class LocalJudgePool:

@@ -209,11 +209,15 @@ class Config(Section):
         """A setting that would be ignored beside another one is refused, not ignored."""
         evaluation = ("responses_per_prompt", "temperature", "bootstrap_samples", "early_stop")
         vllm_only = ("cpu_kv_cache_gib", "gpu_memory_utilization", "enforce_eager")
-        no_calls = self.judge.kind == "rules" or self.judge.batches
         rules = [
             (self.pairs.strategy != "top_bottom_k", "pairs", ("k",), "pairs.strategy: top_bottom_k"),
             (self.labels.rule != "top_bottom", "labels", ("share",), "labels.rule: top_bottom"),
-            (no_calls, "judge", ("timeout_s", "concurrency"), "another judge.kind"),
+            (
+                self.judge.kind == "ensemble" or self.judge.batches,
+                "judge",
+                ("timeout_s", "concurrency"),
+                "another judge.kind, or in a member",
+            ),
             (self.generator.engine != "vllm", "generator", vllm_only, "generator.engine: vllm"),
             (self.learner.schedule == "constant", "learner", ("min_lr_ratio",), "another learner.schedule"),
             (self.eval.every == 0, "eval", evaluation, "eval.every above 0"),

@@ -80,6 +80,8 @@ def _check_pairs(config: Config) -> None:
             f"loss.name: {scored.name} needs scores, which pairs of pairs.strategy: spin do not have; choose another "
             "loss or strategy"
         )
+    if pairs.strategy == "spin" and config.judge.length.used:
+        raise ValueError("judge.length has no effect with pairs.strategy: spin, whose pairs no score decides; drop it")
     if pairs.strategy == "hardest_reward" and _is_always_its_reference(config):
         raise ValueError(
             "pairs.strategy is hardest_reward, but in every round the policy that samples is its own reference "

@@ -11,12 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from online_po import labels, pairs
+from online_po.agreement import Agreement
 from online_po.config import Config
 from online_po.errors import NoPairsError
 from online_po.example_mix import balanced, count_sources, mixed_in
 from online_po.given import ResponseEncoder
-from online_po.implicit_rewards import group_rewards
+from online_po.implicit_rewards import group_rewards, judged_parts
 from online_po.ledger import Ledger
+from online_po.length import length_slope, without_length
 from online_po.metrics import SampleStats
 from online_po.parts import Parts
 from online_po.seeds import SEEDS, stable_seed
@@ -67,6 +69,8 @@ def make_examples(parts: Parts, round_: int, prompts: PromptRows, held: Referenc
         "sources": count_sources(examples),
         "flipped": int(pc.sum(examples["flipped"]).as_py()),
         "policy_version_sampled": builder.version,
+        **builder.length_metrics(),
+        **builder.agreement.result(),
     }
     return examples, metrics | builder.stats.result()
 
@@ -122,6 +126,9 @@ class ExampleBuilder:
         """Of each example made so far, what pairs.balance_column holds (JSON); empty without such a column."""
         self.version = 0
         """The policy version that sampled."""
+        self.agreement = Agreement()
+        self.slope: float | None = None
+        """The round's trend of score over length, where judge.length.regress takes it out."""
 
     def balanced(self, dropped: Counter[str]) -> Iterable[pa.Table]:
         """As `tables`; with pairs.balance_column large domains keep only some, and the others are counted."""
@@ -137,20 +144,35 @@ class ExampleBuilder:
         """The round's own examples, a table a part."""
         config, ledger, rewards = self.config, self.ledger, self.rewards
         size = config.generator.chunk_prompts
+        length = config.judge.length
+        if length.regress:
+            parts = judged_parts(config, ledger, self.round, self.prompts)
+            self.slope = length_slope(judged for part in parts for judged in part)
         for part, begin in enumerate(range(0, len(self.prompts), size)):
             groups = ledger.responses(self.round, part, self.prompts[begin : begin + size])
             judged = list(zip(groups, ledger.judgements(self.round, part), strict=True))
             for group, judgement in judged:
+                # The judge's own scores: what it likes is seen there.
                 self.stats.add(group, judgement)
+                self.agreement.add(judgement)
                 if judgement.failure is not None:
                     self.failures[judgement.failure.kind] += 1
                 self.version = group.responses[0].policy_version
+            if length.used:
+                judged = [(group, without_length(group, judgement, length, self.slope)) for group, judgement in judged]
             if config.example_kind == "labels":
                 yield labels_to_table(self._labels(judged), self.round)
             elif config.pairs.strategy == "spin":
                 yield pairs_to_table(self._spin_pairs(judged), self.round)
             else:
                 yield pairs_to_table(self._pairs(judged, rewards), self.round)
+
+    def length_metrics(self) -> dict[str, float | None]:
+        """What judge.length took out of the round's scores; nothing where it is off."""
+        length = self.config.judge.length
+        return ({"length_slope": self.slope} if length.regress else {}) | (
+            {"length_penalty": length.penalty_per_token} if length.penalty_per_token else {}
+        )
 
     def _pairs(self, judged: list[Judged], rewards: Iterator[list[float]] | None) -> Iterator[tuple[Pair, Judgement]]:
         for group, judgement in judged:

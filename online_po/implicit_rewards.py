@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
+from online_po.config import Config
+from online_po.ledger import Ledger
 from online_po.parts import Parts
 from online_po.tables import PromptRows, labels_to_table
 from online_po.types import Group, Judgement, Label, Reference
@@ -21,23 +23,25 @@ def group_rewards(parts: Parts, round_: int, prompts: PromptRows, held: Referenc
     is the reference, all rewards are 0 and nothing is computed: what would be found is the noise between two engines.
     """
     if parts.config.reference.kind != "none" and held == Reference(round=_sampling_version(parts, round_, prompts)):
-        for judged in judged_parts(parts, round_, prompts):
+        for judged in judged_parts(parts.config, parts.ledger, round_, prompts):
             yield from ([0.0] * len(group.responses) for group, _ in judged)
         return
     reference: Iterator[float] = itertools.repeat(0.0)
     if parts.config.reference.kind != "none":
         reference = iter(_reference_logps(parts, round_, prompts, held).tolist())
-    for judged in judged_parts(parts, round_, prompts):
+    for judged in judged_parts(parts.config, parts.ledger, round_, prompts):
         for group, _ in judged:
             yield [sum(response.token_logps) - next(reference) for response in group.responses]
 
 
-def judged_parts(parts: Parts, round_: int, prompts: PromptRows) -> Iterator[list[tuple[Group, Judgement]]]:
+def judged_parts(
+    config: Config, ledger: Ledger, round_: int, prompts: PromptRows
+) -> Iterator[list[tuple[Group, Judgement]]]:
     """The round's groups that have scores, part by part."""
-    size = parts.config.generator.chunk_prompts
+    size = config.generator.chunk_prompts
     for part, begin in enumerate(range(0, len(prompts), size)):
-        groups = parts.ledger.responses(round_, part, prompts[begin : begin + size])
-        judged = zip(groups, parts.ledger.judgements(round_, part), strict=True)
+        groups = ledger.responses(round_, part, prompts[begin : begin + size])
+        judged = zip(groups, ledger.judgements(round_, part), strict=True)
         yield [(group, judgement) for group, judgement in judged if judgement.scores is not None]
 
 
@@ -53,9 +57,8 @@ def _reference_logps(parts: Parts, round_: int, prompts: PromptRows, held: Refer
     stored = parts.ledger.response_logps(round_)
     if stored is not None:
         return stored
-    responses = pa.concat_tables(
-        labels_to_table(_unlabelled(judged), round_) for judged in judged_parts(parts, round_, prompts)
-    ).combine_chunks()
+    judged = judged_parts(parts.config, parts.ledger, round_, prompts)
+    responses = pa.concat_tables(labels_to_table(_unlabelled(part), round_) for part in judged).combine_chunks()
     logps = np.full(responses.num_rows, np.nan, dtype=np.float32)
     done = 0
     for batch in parts.learner.logps(responses, parts.ledger.reference(held, parts.start)):

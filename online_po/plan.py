@@ -18,6 +18,7 @@ from online_po.errors import ConfigError
 from online_po.example_checks import check_prompt_columns
 from online_po.example_mix import wanted
 from online_po.given import ResponseEncoder
+from online_po.judge_configs import JudgeBase, single_judges
 from online_po.judge_trials import known_pairs
 from online_po.loss_checks import check_custom_losses, reads_scores
 from online_po.memory import memory
@@ -79,7 +80,7 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
     tokenizer = load_tokenizer(model_path, config.model.path)
     check_judge_fits(config.judge, tokenizer)
     train, heldout = load_prompts(config.prompts, tokenizer, config.run.seed, on_progress)
-    if config.judge.kind == "rules":
+    if reads_constraints(config.judge):
         from judges.rules import validate_constraints
 
         for prompts in filter(None, (train, heldout)):
@@ -129,6 +130,11 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
             *_recipe_warnings(config, seed_pairs),
         ],
     )
+
+
+def reads_constraints(judge: JudgeBase) -> bool:
+    """Whether it, or a member of it, is the rules judge."""
+    return any(single.kind == "rules" for single in single_judges(judge))
 
 
 def _given(

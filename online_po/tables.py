@@ -21,6 +21,7 @@ from online_po.types import (
     JudgeFailure,
     Judgement,
     Label,
+    MemberScores,
     Message,
     Pair,
     Prompt,
@@ -58,6 +59,7 @@ COMPARISON = (
     ("preference", pa.float64()),
     ("consistent", pa.bool_()),
 )
+MEMBER = (("name", pa.string()), ("scores", pa.list_(pa.float64())))
 JUDGEMENT_SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -66,6 +68,7 @@ JUDGEMENT_SCHEMA = pa.schema(
         ("failure_kind", pa.string()),
         ("failure_message", pa.string()),
         ("comparisons", pa.list_(pa.struct(COMPARISON))),  # null: the judge scores each response by itself
+        ("members", pa.list_(pa.struct(MEMBER))),  # null: the judge is no ensemble
     ]
 )
 
@@ -224,6 +227,7 @@ def judgements_to_table(judgements: Iterable[Judgement]) -> pa.Table:
                 j.failure.kind if j.failure else None,
                 j.failure.message if j.failure else None,
                 None if j.comparisons is None else [dataclasses.asdict(c) for c in j.comparisons],
+                None if j.members is None else [dataclasses.asdict(m) for m in j.members],
             )
             for j in judgements
         ),
@@ -240,8 +244,11 @@ def table_to_judgements(table: pa.Table) -> list[Judgement]:
             rationales=None if rationales is None else tuple(rationales),
             failure=None if kind is None else JudgeFailure(kind=kind, message=message),
             comparisons=None if comparisons is None else tuple(Comparison(**c) for c in comparisons),
+            members=None
+            if members is None
+            else tuple(MemberScores(name=m["name"], scores=tuple(m["scores"])) for m in members),
         )
-        for prompt_id, scores, rationales, kind, message, comparisons in zip(*columns, strict=True)
+        for prompt_id, scores, rationales, kind, message, comparisons, members in zip(*columns, strict=True)
     ]
 
 

@@ -99,6 +99,15 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MemberScores:
+    """What one judge of an ensemble gave."""
+
+    name: str
+    scores: tuple[float, ...]
+    """One per response, in order of `Response.index`, on the member's own scale."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
     """A judge's verdict on one group: exactly one of `scores` and `failure` is set."""
 
@@ -110,6 +119,8 @@ class Judgement:
     failure: JudgeFailure | None = None
     comparisons: tuple[Comparison, ...] | None = None
     """What the scores were made of, where the judge compares responses two by two."""
+    members: tuple[MemberScores, ...] | None = None
+    """What the scores were made of, where the judge is an ensemble; also where its members disagree too much."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

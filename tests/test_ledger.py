@@ -15,7 +15,7 @@ from online_po.errors import ConfigError, LedgerError
 from online_po.ledger import Ledger
 from online_po.retention import Retention
 from online_po.tables import prompts_to_table
-from online_po.types import Group, JudgeFailure, Judgement, Policy, Probe, Reference, Response
+from online_po.types import Group, JudgeFailure, Judgement, MemberScores, Policy, Probe, Reference, Response
 from tests.fakes import make_config, make_prompts
 
 PROBE = Probe(token_ids=(1, 2, 3), token_logps=(-0.5, -1.25))
@@ -68,7 +68,11 @@ def test_records_come_back_as_they_were_written(ledger):
         Judgement(prompt_id="prompt-0", scores=(0.5, 1.0, 0.0), rationales=("a", "b", "c")),
         Judgement(prompt_id="prompt-1", failure=JudgeFailure(kind="timeout", message="slow")),
         Judgement(prompt_id="prompt-2", scores=(1.0, 1.0, 1.0)),
-        Judgement(prompt_id="prompt-3", scores=(1.0, 0.1, 1e-9)),
+        Judgement(
+            prompt_id="prompt-3",
+            scores=(1.0, 0.1, 1e-9),
+            members=(MemberScores(name="a", scores=(1.0, 0.0, 0.5)), MemberScores(name="b 2", scores=(9.0, 9.0, 1e9))),
+        ),
     ]
     ledger.write_judgements(1, 0, judgements)
     assert list(ledger.prompts(1)) == [g.prompt for g in made]

@@ -166,6 +166,18 @@ def test_constraints_are_checked_before_the_run(tmp_path, tiny_model):
         make_plan(parse(tmp_path, tiny_model, rows, prompts__heldout_size=0, eval__every=0))
     with pytest.raises(ConfigError, match="judge.kind: rules reads the prompt column 'constraints'"):
         make_plan(parse(tmp_path, tiny_model, [{"prompt": f"{i}"} for i in range(20)]))
+    members = [{"kind": "rules"}, {"kind": "python", "function": "tests.judges.groups:length"}]
+    with pytest.raises(ConfigError, match="max_wrods"):  # the rules judge of an ensemble too
+        make_plan(
+            parse(
+                tmp_path,
+                tiny_model,
+                rows,
+                prompts__heldout_size=0,
+                eval__every=0,
+                judge={"kind": "ensemble", "members": members},
+            )
+        )
 
 
 def test_models_that_cannot_be_used(tmp_path, tiny_model):

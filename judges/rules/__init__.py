@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
-import inspect
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -73,6 +72,4 @@ def score_response(text: str, constraints: list[Constraint], tokens: int = 0) ->
 
 def _check(kind: str, text: str, tokens: int, parameters: dict[str, Any]) -> tuple[float, str, object]:
     function = CONSTRAINTS[kind]
-    if "tokens" in inspect.signature(function).parameters:
-        return function(text, tokens, **parameters)
-    return function(text, **parameters)
+    return function(text, tokens, **parameters) if kind == "length" else function(text, **parameters)

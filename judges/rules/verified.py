@@ -7,6 +7,7 @@ does: past it a response is not verified. Past `judge.timeout_s` by the clock no
 
 from __future__ import annotations
 
+import functools
 import json
 from contextvars import ContextVar
 from typing import Any
@@ -108,6 +109,12 @@ def check_code(parameters: dict[str, Any]) -> None:
             compile(test, "test", "exec")
         except (SyntaxError, ValueError) as error:
             raise ConfigError(f"test {test!r} is not Python: {error}") from error
+    _check_sandbox()
+
+
+@functools.cache
+def _check_sandbox() -> None:
+    """Once: raises ConfigError where nothing can be confined."""
     _check("code", {"code": "", "tests": []})
 
 

@@ -17,6 +17,7 @@ from online_po.judge_configs.prompted import Endpoint, LlmPairwise, LlmScore, Se
 __all__ = [
     "JUDGE_BY_KIND", "Endpoint", "Ensemble", "Implicit", "JudgeBase", "JudgeConfig", "LlmPairwise", "LlmScore",
     "Member", "Plugin", "Python", "RewardModel", "Rules", "Self", "SelfPairwise", "SelfScore", "SingleJudge",
+    "self_judges", "single_judges",
 ]  # fmt: skip
 
 
@@ -36,7 +37,11 @@ JUDGES: tuple[type[JudgeBase], ...] = get_args(get_args(AnyJudge)[0])
 JUDGE_BY_KIND: dict[str, type[JudgeBase]] = {judge.model_fields["kind"].default: judge for judge in JUDGES}
 
 
+def single_judges(judge: JudgeBase) -> list[JudgeBase]:
+    """The members of an ensemble, or the judge itself."""
+    return [member.judge for member in judge.members] if isinstance(judge, Ensemble) else [judge]
+
+
 def self_judges(judge: JudgeBase) -> list[Self]:
     """The judges of a config, itself or an ensemble's members, that ask the run's own policy."""
-    judges = [member.judge for member in judge.members] if isinstance(judge, Ensemble) else [judge]
-    return [judge for judge in judges if isinstance(judge, Self)]
+    return [single for single in single_judges(judge) if isinstance(single, Self)]

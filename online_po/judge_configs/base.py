@@ -52,12 +52,14 @@ class CalibrationConfig(Section):
 
 
 class LengthConfig(Section):
-    """Takes length out of the scores of any judge. The judge's own scores are kept beside the adjusted ones."""
+    """Takes length out of the scores of any judge before pairs and labels are made. Judgements, evaluation and the
+    metrics of scores keep the judge's own."""
 
     penalty_per_token: float = Field(0.0, ge=0, description="Taken off a response's score for each of its tokens.")
     regress: bool = Field(
         False,
-        description="The round's linear trend of score over length, within prompts, is taken out of its scores.",
+        description="The round's linear trend of score over length in tokens, within prompts, is taken out of its "
+        "scores. Of responses with equal scores, shorter ones then come out ahead where the trend rises.",
     )
 
     @property

@@ -24,7 +24,10 @@ class Member(Section):
     judge: SingleJudge
     weight: float = Field(1.0, gt=0, description="For combine: weighted_mean and majority.")
     min_gap: float = Field(
-        0.0, ge=0, description="For combine: in_order. A smaller gap of its scores leaves the choice to the next judge."
+        0.0,
+        ge=0,
+        description="For combine: in_order. Responses less than this below the best one count as equal to it, and the "
+        "next judge chooses among them; then the same with those that are left.",
     )
 
 
@@ -47,17 +50,19 @@ class Ensemble(JudgeBase):
     combine: Literal["weighted_mean", "rank_average", "majority", "minimum", "in_order"] = Field(
         "weighted_mean",
         description="weighted_mean: of normalised scores. rank_average: of ranks within a prompt. majority: votes on "
-        "each pair of responses. minimum: the worst normalised score. in_order: the first judge decides, the next "
+        "each pair of responses, turned into shares of pairs won (Copeland). minimum: the worst normalised score, of "
+        "judges that see a difference. in_order: the first judge decides, the next "
         "where it sees no difference.",
     )
     normalise: Literal["none", "zscore", "minmax"] = Field(
-        "zscore", description="Of each member's scores within a prompt, for weighted_mean and minimum."
+        "zscore",
+        description="Of each member's scores within a prompt, for weighted_mean and minimum. Equal scores say nothing.",
     )
     max_disagreement: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="Where a larger share of member pairs disagrees on the order of two responses, averaged over the "
+        description="Where a larger share of member pairs has two responses in opposite order, averaged over the "
         "prompt's pairs of responses, the ensemble abstains: no label. 1: never.",
     )
 

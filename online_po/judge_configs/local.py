@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +12,9 @@ from online_po.judge_configs.base import JudgeBase
 from online_po.model_config import adapter_base, find_checkpoint, find_model, is_adapter
 from online_po.model_content import content_hash
 from online_po.sections import LocalOrHub
+
+PLUGIN_GROUP = "online_po.judges"
+"""Group of entry points that other packages offer judges in."""
 
 
 class Rules(JudgeBase):
@@ -44,6 +48,12 @@ class Plugin(JudgeBase):
     kind: Literal["plugin"] = "plugin"
     name: str = Field(min_length=1, description="Name of the entry point.")
     options: dict[str, Any] = Field({}, description="Handed to it as keyword arguments.")
+
+    def identity(self) -> dict[str, Any]:
+        """With the name and version of the package: another version may say something else."""
+        points = importlib.metadata.entry_points(group=PLUGIN_GROUP, name=self.name)
+        packages = sorted({f"{point.dist.name} {point.dist.version}" for point in points if point.dist})
+        return super().identity() | {"packages": packages}
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from concurrent.futures import as_completed, wait
 from pathlib import Path
 
+import psutil
 import pytest
 
 from online_po.config import Config
 from online_po.errors import BudgetError, ConfigError, EngineError, LedgerError
 from online_po.judge_cache import judge_statistics
 from tests.judges.groups import make_group
+from tests.judges.plugin_package import install
 
 pytestmark = pytest.mark.distributed
 
@@ -192,6 +195,40 @@ def test_rules_and_closing(ray_here):
     pool.close()
     pool.close()
     assert time.monotonic() - start < 10
+
+
+def test_a_plugin_that_the_driver_finds_is_found_there_too(ray_here, tmp_path, monkeypatch):
+    from actors.judges import JudgeGroup
+
+    monkeypatch.setattr(sys, "path", [*sys.path, str(install(tmp_path))])
+    judge = {"kind": "plugin", "name": "brevity", "options": {"weight": 3}}
+    pool = JudgeGroup(Config.parse({**DATA, "judge": judge}))
+    pool.ready(120)
+    assert pool.submit([make_group("a", "bb")]).result(60)[0].scores == (-3.0, -6.0)
+    pool.close()
+
+
+def test_code_runs_in_the_sandbox_there_and_ends_with_its_process(ray_here):
+    from actors.judges import JudgeGroup
+
+    pool = JudgeGroup(Config.parse(DATA))
+    pool.ready(120)
+    metadata = {"constraints": [{"type": "code", "tests": ["assert f(1) == 2", "assert f(2) == 3"]}]}
+    texts = [
+        f"```python\n{code}\n```" for code in ("def f(x): return x + 1", "def f(x): return 2", "import os; os.fork()")
+    ]
+    assert pool.submit([make_group(*texts, metadata=metadata)]).result(60)[0].scores == (1.0, 0.25, 0.0)
+    (sandbox,) = [process for process in psutil.process_iter() if _is_sandbox_of_a_worker(process)]
+    pool.close()
+    sandbox.wait(30)
+
+
+def _is_sandbox_of_a_worker(process):
+    try:
+        ours = psutil.Process() in process.parents()
+        return ours and "judges.sandbox" in " ".join(process.cmdline()) and process.ppid() != os.getpid()
+    except psutil.Error:  # it ended meanwhile, or is not ours to look at
+        return False
 
 
 def test_not_ready_in_time(ray_here):

@@ -40,6 +40,10 @@ def length(prompt, response, metadata):
     return len(response)
 
 
+def number_said(prompt, response, metadata):
+    return float(response)
+
+
 async def length_async(prompt, response, metadata):
     await asyncio.sleep(0)
     return len(response)
