@@ -17,7 +17,7 @@ from tests.judges.groups import make_group
 
 PAGE = Path(__file__).parents[1] / "docs" / "judges.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-BASE = {"run": {"name": "x"}, "model": {"path": "m"}, "prompts": {"path": "p", "heldout_size": 1}}
+BASE = {"run": {"name": "x"}, "model": {"path": "m"}, "prompts": {"path": "p"}, "eval": {"every": 0}}
 
 
 def blocks(kind: str) -> list[str]:
