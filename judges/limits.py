@@ -30,8 +30,8 @@ class RateLimit:
         self._requests = None if requests_per_minute is None else _bucket(requests_per_minute / workers)
         self._tokens = None if tokens_per_minute is None else _bucket(tokens_per_minute / workers)
         self._turn = asyncio.Lock()  # first come, first served
-        self._overhead = float(FIRST_OVERHEAD)
-        self._owed = 0.0  # tokens that earlier calls took beyond their estimates; below zero: short of them
+        self._overhead, self._seen = float(FIRST_OVERHEAD), 0
+        self._owed = 0.0  # tokens that earlier calls took beyond their estimates
 
     async def admit(self, question: Question) -> float:
         """Waits until a call is allowed; returns the tokens it was taken to need."""
@@ -43,8 +43,7 @@ class RateLimit:
             if self._tokens is None:
                 return 0.0
             estimate = question.tokens() + self._overhead
-            wanted = max(0.0, estimate + self._owed)
-            self._owed += estimate - wanted
+            wanted, self._owed = estimate + self._owed, 0.0
             while wanted > 0:  # a call may need more than the bucket holds
                 part = min(wanted, self._tokens.max_rate)
                 await self._tokens.acquire(part)
@@ -52,10 +51,12 @@ class RateLimit:
             return estimate
 
     def used(self, question: Question, estimate: float, tokens: int) -> None:
-        """What the call took in truth: later ones wait for the difference."""
+        """What the call took in truth: later ones wait for what it took more. What it took less is lost: made up
+        for later, it would be too much for that minute."""
         if self._tokens is not None:
-            self._owed += tokens - estimate
-            self._overhead += 0.1 * (max(0, tokens - question.tokens()) - self._overhead)
+            self._owed += max(0.0, tokens - estimate)
+            self._seen += 1
+            self._overhead += max(0.1, 1 / self._seen) * (max(0, tokens - question.tokens()) - self._overhead)
 
 
 def _bucket(per_minute: float) -> AsyncLimiter:

@@ -371,7 +371,11 @@ def _spent(connection: sqlite3.Connection, setting: str, limit: float, round_: i
         calls, money = connection.execute(
             f"SELECT coalesce(sum(calls), 0), coalesce(sum(money), 0.0) FROM spent {where}", values
         ).fetchone()
-        totals.append(f"{calls} calls{f' and {money:.4g} in money' if money else ''} in {what}")
+        (under_way,) = connection.execute(
+            f"SELECT count(*) FROM calls {where} {'AND' if where else 'WHERE'} outcome = 'open'", values
+        ).fetchone()
+        waiting = f" ({under_way} under way)" if under_way else ""
+        totals.append(f"{calls} calls{waiting}{f' and {money:.4g} in money' if money else ''} in {what}")
     return BudgetError(
         f"{setting} = {limit:g} is spent in round {round_}: {', '.join(totals)}{hint}. Everything judged is kept: "
         f"raise it and go on with `online-po run CONFIG {setting}=...`; only what is not judged yet is asked"

@@ -128,6 +128,11 @@ class FakeJudge:
         return Judgement(prompt_id=group.prompt.id, scores=scores)
 
 
+def said(prompt: list[dict[str, str]], response: str, metadata: dict[str, Any]) -> float:
+    """`FakeJudge`'s score, for the python judge."""
+    return float(response)
+
+
 class FakeLearner:
     def __init__(self) -> None:
         self.skill = 0.0

@@ -14,9 +14,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from judges.runtime import LocalJudgePool
 from online_po import files
 from online_po.config import Config
-from online_po.errors import JudgeFailureRateError, LedgerError, NoPairsError, OnlinePOError
+from online_po.errors import BudgetError, JudgeFailureRateError, LedgerError, NoPairsError, OnlinePOError
+from online_po.judge_cache import judge_statistics
 from online_po.ledger import Ledger
 from online_po.loop import run_rounds
 from online_po.observers import PhaseTimer
@@ -278,6 +280,48 @@ class SilentJudge(FakeJudge):
 
     def submit(self, groups, round_=0):
         return Future() if groups[0].prompt.id == self.silent else super().submit(groups)
+
+
+ASKED = {"kind": "python", "function": "tests.fakes:said"}
+
+
+def run_asking(config: Config) -> Ledger:
+    """A run whose judge is a real one, with the run's judge cache."""
+    parts = make_parts(config)
+    parts.judges = LocalJudgePool(config.judge, parts.ledger.judge_cache)
+    try:
+        run_rounds(parts)
+    finally:
+        parts.judges.close()
+    return parts.ledger
+
+
+def test_what_judging_cost_is_counted_by_round(tmp_path):
+    ledger = run_asking(make_config(tmp_path, judge=ASKED))
+    plain = make_parts(make_config(tmp_path / "plain"))
+    run_rounds(plain)
+    assert content(plain.ledger.root) == content(ledger.root)
+    questions = 8 * 3 + 4  # of a round, and of the evaluation of the policy before
+    for round_ in (1, 2, 3):
+        row = ledger.round_row(round_)
+        assert row["judge_calls"] + row["judge_hits"] == questions and row["judge_calls"] > 20
+        assert row["judge_failed_calls"] == {} and row["judge_latency_p99"] >= row["judge_latency_p50"] > 0
+        assert row["judge_failures"] == {}  # of groups
+    last = judge_statistics(ledger.judge_cache, 4)
+    assert last["calls"] + last["hits"] == 4, "the last policy's evaluation"
+    assert not any(name.startswith("judge_calls") for name in plain.ledger.round_row(1))
+
+
+def test_a_spent_budget_pauses_the_run_and_nothing_is_asked_twice(tmp_path):
+    never = run_asking(make_config(tmp_path / "never", judge=ASKED))
+    for calls in (1, 30, 50):
+        config = make_config(tmp_path / "paused", judge={**ASKED, "budget": {"calls": calls}})
+        with pytest.raises(BudgetError, match=f"judge.budget.calls = {calls} is spent"):
+            run_asking(config)
+    ledger = run_asking(make_config(tmp_path / "paused", judge=ASKED))
+    assert content(ledger.root) == content(never.root)
+    asked = [sum(judge_statistics(each.judge_cache, r)["calls"] for r in range(5)) for each in (ledger, never)]
+    assert asked[0] == asked[1]
 
 
 def test_failures_that_were_let_pass_stay_failures_after_a_resume(tmp_path):

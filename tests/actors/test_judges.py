@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
+from collections import Counter
+from concurrent.futures import as_completed, wait
+from pathlib import Path
 
 import pytest
 
 from online_po.config import Config
-from online_po.errors import ConfigError, EngineError
+from online_po.errors import BudgetError, ConfigError, EngineError, LedgerError
+from online_po.judge_cache import judge_statistics
 from tests.judges.groups import make_group
 
 pytestmark = pytest.mark.distributed
@@ -27,6 +32,12 @@ def die(prompt, response, metadata):
     if response == "die":
         os._exit(1)
     time.sleep(60)
+
+def slow(prompt, response, metadata):
+    with open(metadata["log"], "a") as log:
+        log.write(f"{os.getpid()} {response}\\n")
+    time.sleep(0.05)
+    return float(response)
 
 def only_on_the_driver(prompt, response, metadata):
     return 1.0
@@ -86,7 +97,7 @@ def test_judges_with_a_module_of_the_working_folder(group):
 
 def test_work_is_shared(group):
     pool = group("process", workers=2, concurrency=1)
-    futures = [pool.submit([make_group("a")]) for _ in range(4)]
+    futures = [pool.submit([make_group("a", name=f"{n}")]) for n in range(4)]
     pids = [future.result(60)[0].scores[0] for future in futures]
     assert pids.count(pids[0]) == 2 and os.getpid() not in pids
 
@@ -99,6 +110,64 @@ def test_a_dead_process_is_an_engine_error(group):
         with pytest.raises(EngineError, match="judge process 1 failed with 1 groups unanswered"):
             future.result(60)
     assert not waiting.done()
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """(40 groups of one response each, what gives the responses that the function `slow` was called with)."""
+    log = tmp_path / "log"
+    groups = [make_group(f"{n}", metadata={"log": str(log)}) for n in range(40)]
+    return groups, lambda: [line.split()[1] for line in log.read_text().splitlines()]
+
+
+def test_after_a_kill_no_answered_question_is_asked_again(group, asked, tmp_path):
+    groups, calls = asked
+    first = group("slow", concurrency=2)
+    futures = [first.submit([each], 3) for each in groups]
+    answered = {n for n in range(8) if futures[n].result(60)[0].scores == (float(n),)}
+    assert len(answered) == 8
+    os.kill(int((tmp_path / "log").read_text().split()[0]), signal.SIGKILL)
+    wait(futures, 60)
+    answered |= {n for n, future in enumerate(futures) if future.exception() is None}
+    assert all(isinstance(futures[n].exception(), EngineError) for n in {*range(40)} - answered)
+    before = calls()
+    assert len(answered) < 40 and len(before) == len(set(before)) < 40
+    first.close()
+
+    again = group("slow", concurrency=2)
+    verdicts = [future.result(60)[0] for future in [again.submit([each], 3) for each in groups]]
+    assert [verdict.scores for verdict in verdicts] == [(float(n),) for n in range(40)]
+    asked_twice = {int(response) for response, times in Counter(calls()).items() if times > 1}
+    # What the process died at has no answer: it may have to be asked again.
+    assert not asked_twice & answered and len(asked_twice) <= 2
+    statistics = judge_statistics(Path("runs/x/judge_cache.sqlite"), 3)
+    assert statistics["hits"] + statistics["calls"] >= 40 and statistics["hits"] >= len(answered)
+
+
+def test_a_spent_budget_pauses_all_processes_and_loses_nothing(group, asked):
+    groups, calls = asked
+    settings = {"workers": 2, "concurrency": 2}
+    pool = group("slow", **settings, budget={"calls_per_round": 10})
+    futures = [pool.submit([each], 1) for each in groups]
+    done = next(future for future in as_completed(futures, 60) if future.exception() is not None)
+    with pytest.raises(BudgetError, match=r"judge\.budget\.calls_per_round = 10 is spent in round 1: 10 calls"):
+        done.result()
+    pool.close()  # as the run does; every call that went out has its answer in the cache
+    assert len(calls()) == 10
+    more = group("slow", **settings, budget={"calls_per_round": 40})
+    verdicts = [future.result(60)[0] for future in [more.submit([each], 1) for each in groups]]
+    assert [verdict.scores for verdict in verdicts] == [(float(n),) for n in range(40)]
+    assert len(calls()) == len(set(calls())) == 40
+
+
+def test_a_judge_cache_that_cannot_be_used(ray_here, tmp_path, monkeypatch):
+    from actors.judges import JudgeGroup
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/x").mkdir(parents=True)
+    (tmp_path / "runs/x/judge_cache.sqlite").write_text("no database " * 100)
+    with pytest.raises(LedgerError, match=r"judge_cache\.sqlite' is damaged"):
+        JudgeGroup(Config.parse({**DATA, "judge": {"kind": "python", "function": "a:b"}}))
 
 
 def test_errors_of_the_judge_are_failures(group):
