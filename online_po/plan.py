@@ -18,6 +18,7 @@ from online_po.errors import ConfigError, first_line
 from online_po.example_checks import check_prompt_columns
 from online_po.example_mix import wanted
 from online_po.given import ResponseEncoder
+from online_po.judge_configs import self_judges
 from online_po.loss_checks import check_custom_losses, reads_scores
 from online_po.memory import memory
 from online_po.model_config import load_tokenizer, read_model_config
@@ -65,6 +66,7 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
     Raises ConfigError for a model, tokenizer, prompt file, judge or engine that cannot be used.
     """
     from actors.engines import check_engine
+    from judges.policy import check_template
     from judges.runtime import check_judge
 
     check_judge(config.judge)
@@ -73,6 +75,8 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
     model_path = resolve_model(config)
     shape = read_shape(config, model_path)
     tokenizer = load_tokenizer(model_path, config.model.path)
+    for judge in self_judges(config.judge):
+        check_template(tokenizer, judge.kind)
     train, heldout = load_prompts(config.prompts, tokenizer, config.run.seed, on_progress)
     if config.judge.kind == "rules":
         from judges.rules import validate_constraints
