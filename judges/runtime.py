@@ -16,6 +16,7 @@ from judges.endpoint import Endpoint, read_key
 from judges.ensemble import EnsembleJudge
 from judges.llm import ComparingJudge, ScoringJudge
 from judges.plugin import build_plugin, load_plugin
+from judges.policy import check_template
 from judges.prompting import Prompting
 from judges.protocol import Judge, JudgeError, failed
 from judges.python import PythonJudge, load_function
@@ -86,6 +87,8 @@ def check_judge_fits(config: JudgeBase, tokenizer: Any) -> None:
             from judges.implicit import require_same_tokens
 
             require_same_tokens(member, tokenizer)
+        if isinstance(member, Self):
+            check_template(tokenizer, member.kind)
 
 
 def build_judge(

@@ -37,6 +37,8 @@ def serving_vllm(
         "structured-outputs-config": json.dumps({"backend": "xgrammar", "disable_any_whitespace": True}),
     }  # fmt: skip
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    # Seeds, and prompts split over steps, do not go together on the CPU ("CPU Generator does not use offset").
+    command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(2048, max_model_len))]
     command += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1",

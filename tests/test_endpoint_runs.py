@@ -93,7 +93,7 @@ def test_two_rounds(tmp_path, tiny_model, server, kind):
             "generator": {"engine": "transformers", "max_tokens": 12, "chunk_prompts": 4, "threads": 1},
             "judge": {
                 "model": NAME, "base_url": server, "api_key_env": "TEST_KEY", "repeats_id": False, "max_tokens": 32,
-                "preflight": {"min_accuracy": 0.0}, **kind,
+                "temperature": 1.0, "preflight": {"min_accuracy": 0.0}, **kind,
             },
             "learner": {"learning_rate": 1e-4, "global_batch_size": 4, "threads": 1},
             "eval": {"every": 0},

@@ -416,6 +416,14 @@ def test_old_weights_are_pruned_but_not_the_reference(tmp_path):
         parts.ledger.policy(2, parts.start)
 
 
+def test_the_policy_that_judges_is_never_pruned(tmp_path):
+    judge = {"kind": "self_score", "policy": 2}
+    parts = make_parts(make_config(tmp_path, judge=judge, loop__rounds=5, run__keep_checkpoints=1))
+    run_rounds(parts)
+    assert {r for r in range(1, 6) if (parts.ledger.round_dir(r) / "policy").exists()} == {2, 5}
+    assert parts.ledger.policy(2, parts.start).version == 2
+
+
 def test_a_mean_of_policies_goes_on_from_the_one_before_and_old_ones_are_pruned(tmp_path):
     reference = {"kind": "ema", "alpha": 0.25, "every": 2}
     parts = make_parts(make_config(tmp_path, reference=reference, loop__rounds=5, run__keep_checkpoints=2))
