@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -48,6 +49,8 @@ class Sandbox:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         """None: not started, or it ended."""
+        self._folder = ""
+        """What its confined processes have their own folders in."""
         self._pending: dict[int, Future[dict[str, Any]]] = {}
         self._asked = 0
 
@@ -106,18 +109,17 @@ class Sandbox:
             start_new_session=True,
         )
         assert process.stdout is not None
-        first = process.stdout.readline()
-        if b"ready" not in first:
+        first = json.loads(process.stdout.readline() or '{"error": "it ended at once"}')
+        if "error" in first:
             process.kill()
             process.wait()
-            why = json.loads(first)["error"] if first else "it ended at once"
-            raise SandboxError(f"the sandbox process did not start: {why}")
-        self._process = process
-        threading.Thread(target=self._read, args=(process,), name="sandbox", daemon=True).start()
+            raise SandboxError(f"the sandbox process did not start: {first['error']}")
+        self._process, self._folder = process, first["ready"]
+        threading.Thread(target=self._read, args=(process, self._folder), name="sandbox", daemon=True).start()
         return process
 
-    def _read(self, process: subprocess.Popen[bytes]) -> None:
-        """Hands out replies until the process ends; then all who still wait are told."""
+    def _read(self, process: subprocess.Popen[bytes], folder: str) -> None:
+        """Hands out replies until the process ends; then all who still wait are told, and its folder goes."""
         assert process.stdout is not None
         for line in process.stdout:
             reply = json.loads(line)
@@ -125,6 +127,7 @@ class Sandbox:
                 answer = self._pending.pop(reply["id"])
             answer.set_result(reply)
         process.wait()
+        shutil.rmtree(folder, ignore_errors=True)  # a killed process leaves it
         with self._lock:
             self._process, waiting, self._pending = None, self._pending, {}
         for answer in waiting.values():

@@ -159,7 +159,7 @@ class Server:
         self.selector.register(self.requests, selectors.EVENT_READ)
 
     def serve(self) -> None:
-        self.reply({"ready": True})
+        self.reply({"ready": self.base})
         try:
             while True:
                 for key, _ in self.selector.select(self.patience()):
