@@ -19,7 +19,7 @@ from actors.engines import variables
 from actors.vllm_reward import load_reward_model
 from judges.asking import Asker
 from judges.calls import describe
-from judges.runtime import build_judge, judge_groups, remembers
+from judges.runtime import build_judge, judge_groups, remembers, shown
 from judges.store import JudgeStore, prepare, release
 from online_po.config import Config
 from online_po.errors import BudgetError, EngineError, OnlinePOError
@@ -108,6 +108,10 @@ class JudgeGroup:
         self._workers[index].judge.remote(list(groups), round_, occasion).future().add_done_callback(finish)
         return answer
 
+    def shown(self, group: Group) -> str | None:
+        """See `judges.runtime.shown`."""
+        return ray.get(self._workers[0].shown.remote(group))
+
     def _drain(self, then: Callable[[], None]) -> None:
         """Calls `then` once no process has a call under way: answers that were paid for are kept."""
         waiting = {worker.drain.remote().future() for worker in self._workers}
@@ -148,6 +152,9 @@ class _JudgeWorker:
 
     async def judge(self, groups: list[Group], round_: int, occasion: str) -> list[Judgement]:
         return await judge_groups(self._judge, groups, round_, occasion)
+
+    async def shown(self, group: Group) -> str | None:
+        return shown(self._judge, self._config, group)
 
     async def drain(self) -> None:
         await self._asker.drain()

@@ -62,6 +62,10 @@ class Chat(Protocol):
         Raises JudgeError for whatever is not a whole answer."""
         ...
 
+    def shown(self, wording: Wording) -> str:
+        """The exact text that is asked."""
+        ...
+
 
 class ChatModel(Protocol):
     """A model to ask."""

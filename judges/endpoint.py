@@ -73,6 +73,11 @@ class Endpoint:
         self._sure = True
         return reply
 
+    def shown(self, wording: Wording) -> str:
+        """See `judges.chat.Chat`: the messages, by role."""
+        messages = wording.as_json if self._as_json else wording.as_text
+        return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
+
     async def _ask(self, messages: list[Message], schema: dict[str, Any] | None, seed: int, logps: bool) -> Reply:
         text = await self._send(self._request(messages, schema, seed, logps))
         return self._read(text, schema is not None, logps)

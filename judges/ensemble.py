@@ -27,13 +27,13 @@ class EnsembleJudge:
 
     def __init__(self, config: Ensemble, judges: Sequence[Judge]) -> None:
         self._config = config
-        self._judges = list(zip(member_names(config), judges, strict=True))
+        self.members = list(zip(member_names(config), judges, strict=True))
 
     async def judge(self, group: Group) -> Judgement:
-        verdicts = await asyncio.gather(*(judge.judge(group) for _, judge in self._judges), return_exceptions=True)
+        verdicts = await asyncio.gather(*(judge.judge(group) for _, judge in self.members), return_exceptions=True)
         members = []
         # In the members' order, so that which failure is told does not depend on which came first.
-        for (name, _), verdict in zip(self._judges, verdicts, strict=True):
+        for (name, _), verdict in zip(self.members, verdicts, strict=True):
             if isinstance(verdict, JudgeError):
                 raise JudgeError(verdict.kind, f"{name}: {verdict}") from verdict
             if isinstance(verdict, BaseException):

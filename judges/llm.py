@@ -43,6 +43,12 @@ class ScoringJudge:
             rationales = ["\n".join(answer.rationale or "" for answer in own) for own in by_response]
         return scored(group, [fmean(answer.value for answer in own) for own in by_response], rationales)
 
+    def shown(self, question: Question) -> str:
+        """See `judges.questions.Shows`."""
+        chat = self._model.for_group(Group(prompt=question.prompt, responses=question.responses))
+        about = self._prompting.about(question.prompt, question.responses, chat.about)
+        return chat.shown(self._prompting.score(replace(question, about=about)))
+
     async def _ask(self, question: Question, chat: Chat) -> Answer:
         def read(reply: Reply) -> tuple[float, str | None]:
             id_ = self._prompting.id_of(question)
@@ -117,6 +123,12 @@ class ComparingJudge:
             for shown, answer in zip(orders, answers, strict=True)
             if answer.rationale is not None
         ]
+
+    def shown(self, question: Question) -> str:
+        """See `judges.questions.Shows`."""
+        chat = self._model.for_group(Group(prompt=question.prompt, responses=question.responses))
+        about = self._prompting.about(question.prompt, question.responses, chat.about)
+        return chat.shown(self._prompting.compare(replace(question, about=about)))
 
     async def _ask(self, question: Question, chat: Chat) -> Answer:
         def read(reply: Reply) -> tuple[float, str | None]:

@@ -78,6 +78,10 @@ class PolicyModel:
             raise charged(JudgeError("unparsable", message, retry=self._config.temperature > 0), reply)
         return reply
 
+    def shown(self, messages: list[Message]) -> str:
+        """The question as the policy reads it."""
+        return render(messages, self._tokenizer)
+
     async def _queue(self, version: int, request: Request) -> Response:
         answered: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(version, []).append((request, answered))
@@ -117,6 +121,10 @@ class PolicyChat:
         self._model, self._version = model, version
         self.about = model._policies.fingerprint(version)
         self.varies = model._config.temperature > 0
+
+    def shown(self, wording: Wording) -> str:
+        """See `judges.chat.Chat`: in the policy's own template."""
+        return self._model.shown(wording.as_text)
 
     async def chat(self, wording: Wording, *, seed: int, logps: bool = False) -> Reply:
         assert not logps, "only endpoints give logps"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from online_po.types import Prompt, Response
 
@@ -50,3 +50,12 @@ class Answer:
     cost: float = 0.0
     cut: bool = False
     """Whether something was longer than the judge's context."""
+
+
+@runtime_checkable
+class Shows(Protocol):
+    """A judge that reads a text of ours, and can show it."""
+
+    def shown(self, question: Question) -> str:
+        """What it reads of a question, special tokens and all. Raises JudgeError for what cannot be put."""
+        ...

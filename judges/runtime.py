@@ -20,6 +20,7 @@ from judges.policy import check_template
 from judges.prompting import Prompting
 from judges.protocol import Judge, JudgeError, failed
 from judges.python import PythonJudge, load_function
+from judges.questions import Question, Shows
 from judges.rules import RulesJudge
 from judges.store import JudgeStore, prepare, release
 from online_po.errors import ConfigError, OnlinePOError
@@ -179,6 +180,18 @@ def remembers(config: JudgeBase) -> bool:
     return any(judge.cached for judge in single_judges(config))
 
 
+def shown(judge: Judge, config: JudgeBase, group: Group) -> str | None:
+    """The exact text of one question on a group, as the judge reads it, special tokens and all; None for judges that
+    read no text of ours."""
+    if isinstance(judge, EnsembleJudge) and isinstance(config, Ensemble):
+        texts = zip(judge.members, config.members, strict=True)
+        found = [(name, shown(member, section.judge, group)) for (name, member), section in texts]
+        return "\n\n".join(f"{name}:\n{text}" for name, text in found if text is not None) or None
+    if not isinstance(judge, Shows):
+        return None
+    return judge.shown(Question(prompt=group.prompt, responses=group.responses[: 2 if config.pairwise else 1]))
+
+
 class LocalJudgePool:
     """A `protocols.JudgePool` in a thread of this process, without Ray. cache: the judge cache; None: no memory.
     policy: gives judges that are the policy what they ask."""
@@ -189,6 +202,7 @@ class LocalJudgePool:
         if self._cache is not None:
             prepare(self._cache)
             self._store = JudgeStore(self._cache)
+        self._config = config
         self._judge = build_judge(config, Asker(config, self._store), policy=policy)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judges", daemon=True)
@@ -197,6 +211,10 @@ class LocalJudgePool:
     def submit(self, groups: Sequence[Group], round_: int = 0, occasion: str = "") -> Future[list[Judgement]]:
         """One judgement per group, in order; BudgetError where `judge.budget` is spent."""
         return asyncio.run_coroutine_threadsafe(judge_groups(self._judge, groups, round_, occasion), self._loop)
+
+    def shown(self, group: Group) -> str | None:
+        """See `shown`."""
+        return shown(self._judge, self._config, group)
 
     def close(self) -> None:
         """Ends the thread; what is still being judged is left without an answer."""

@@ -151,8 +151,11 @@ def try_judge(
     judges: JudgePool, config: JudgeBase, pairs: Sequence[PairRow], ledger: Ledger, observer: Observer
 ) -> None:
     """Tries the judge before the run. Raises ConfigError below the bounds of `judge.preflight`."""
+    groups = trial_groups(pairs)
     with observer.phase("preflight", 0):
-        trial = assess(pairs, judges.submit(trial_groups(pairs)).result())
+        if (text := judges.shown(groups[0])) is not None:
+            observer.message(f"what the judge is asked, to the letter:\n{text}")
+        trial = assess(pairs, judges.submit(groups).result())
     observer.message(f"judge before the run: {describe(trial)}")
     require_trial(config, trial)
     ledger.write_judge_trial(0, trial.as_dict())

@@ -46,6 +46,10 @@ class JudgePool(Protocol):
         not remembered."""
         ...
 
+    def shown(self, group: Group) -> str | None:
+        """The exact text of one question on a group; None for judges that read no text of ours."""
+        ...
+
 
 class Learner(Protocol):
     """Trains the policy; one or more ranks behind it."""

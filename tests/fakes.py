@@ -120,6 +120,9 @@ class FakeJudge:
         future.set_result([self._judge(group) for group in groups])
         return future
 
+    def shown(self, group: Group) -> str | None:
+        return None
+
     def _judge(self, group: Group) -> Judgement:
         self.judged.append(group.prompt.id)
         if failure := self.fails.get(group.prompt.id):
