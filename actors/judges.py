@@ -128,6 +128,8 @@ class JudgeGroup:
 
     def close(self) -> None:
         """Ends the processes, busy or not."""
+        if self._cache is not None:  # once nobody has it open, one plain file is left
+            ray.wait([worker.stop.remote() for worker in self._workers], num_returns=len(self._workers), timeout=2)
         for worker in self._workers:
             ray.kill(worker)
         if self._cache is not None:
@@ -139,13 +141,15 @@ class _JudgeWorker:
 
     def __init__(self, config: JudgeBase, search_path: list[str], cache: Path | None) -> None:
         self._config, self._cache = config, cache
+        self._store: JudgeStore | None = None
         sys.path.extend(folder for folder in search_path if folder not in sys.path)
 
     async def ready(self) -> None:
         # Importing the user's module, or loading a model, may take long; the actor's event loop stays free. Not in the
         # constructor: an error there would reach the driver as text only.
-        store = None if self._cache is None else JudgeStore(self._cache)
-        self._asker = Asker(self._config, store, workers=self._config.workers)
+        if self._cache is not None:
+            self._store = JudgeStore(self._cache)
+        self._asker = Asker(self._config, self._store, workers=self._config.workers)
         self._judge: Any = await asyncio.to_thread(
             build_judge, self._config, self._asker, make_scorer=load_reward_model
         )
@@ -158,6 +162,10 @@ class _JudgeWorker:
 
     async def drain(self) -> None:
         await self._asker.drain()
+
+    async def stop(self) -> None:
+        if self._store is not None:
+            await asyncio.to_thread(self._store.close)
 
 
 def _short(error: BaseException) -> str:

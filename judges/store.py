@@ -83,7 +83,7 @@ def prepare(path: Path, *, nodes: int = 1) -> None:
 def release(path: Path) -> None:
     """Once all writers are gone: leaves one plain file, which can be copied or read anywhere."""
     # A process that is still ending, or a reader: the file then stays in WAL mode, which harms nobody.
-    with suppress(sqlite3.Error, LedgerError), closing(connect(path, write=True)) as connection:
+    with suppress(sqlite3.Error, LedgerError), closing(connect(path)) as connection:
         connection.execute("PRAGMA busy_timeout = 2000")
         connection.execute("PRAGMA journal_mode = DELETE")
 
@@ -131,7 +131,7 @@ class JudgeStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._connection = connect(path, write=True)
+        self._connection = connect(path)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._hits: Counter[tuple[int, str]] = Counter()
         self._hits_since = 0.0
@@ -268,11 +268,13 @@ class JudgeStore:
             del jobs, writes  # a waiting thread holds no answers
         self._connection.close()
 
+    # Whatever goes wrong is handed to those who wait: a thread that died would let them wait for ever.
+
     def _run(self, jobs: list[_Job]) -> None:
         try:
             outcomes = self._outcomes(jobs)
-        except sqlite3.Error as error:
-            outcomes = [(job, None, explain(error, self.path)) for job in jobs]
+        except Exception as error:
+            outcomes = self._failed(jobs, error)
         _deliver(outcomes)
 
     def _write(self, jobs: list[_Job]) -> None:
@@ -287,11 +289,15 @@ class JudgeStore:
                 )
             self._connection.execute("COMMIT")
             self._hits.clear()
-        except sqlite3.Error as error:
+        except Exception as error:
             with suppress(sqlite3.Error):
                 self._connection.execute("ROLLBACK")
-            outcomes = [(job, None, explain(error, self.path)) for job in jobs]
+            outcomes = self._failed(jobs, error)
         _deliver(outcomes)
+
+    def _failed(self, jobs: list[_Job], error: Exception) -> list[_Outcome]:
+        told = explain(error, self.path) if isinstance(error, sqlite3.Error) else error
+        return [(job, None, told) for job in jobs]
 
     def _outcomes(self, jobs: list[_Job]) -> list[_Outcome]:
         outcomes: list[_Outcome] = []

@@ -61,13 +61,14 @@ CREATE TABLE hits (
 """
 
 
-def connect(path: Path, *, write: bool = False) -> sqlite3.Connection:
-    """An existing judge cache, in autocommit mode, for use by one thread at a time.
+def connect(path: Path) -> sqlite3.Connection:
+    """An existing judge cache, in autocommit mode, for use by one thread at a time. Read-only where the file is.
 
     Raises LedgerError if it is not there, damaged, no judge cache, or of another schema version.
     """
     try:
-        uri = f"file:{quote(str(path.absolute()))}?mode={'rw' if write else 'ro'}"
+        # Never `mode=ro`: what a killed process left half-written has to be rolled back before anything can be read.
+        uri = f"file:{quote(str(path.absolute()))}?mode=rw"
         found = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
         try:
             require_ours(found, path)

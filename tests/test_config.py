@@ -45,6 +45,17 @@ def write(tmp_path: Path, data: object = BASE) -> Path:
         ("loop.max_staleness=3", "loop.max_staleness is 3 but loop.rounds is 3"),
         ("judge.kind=python", "judge.function: required, but not given"),
         ("judge.function=a:b", "judge.function is for judge.kind: python; drop it"),
+        ("judge.budget.calls=5", "judge.budget has no effect with judge.kind: rules, which calls nobody"),
+        ("judge.kind=python judge.function=a:b judge.budget.money=1", "calls of judge.kind: python have no price"),
+        (
+            "judge.kind=reward_model judge.path=x judge.concurrency=3",
+            "judge.concurrency has no effect with .* reward_m",
+        ),
+        ("judge.kind=llm_score judge.model=m judge.budget.money=1", "judge.prompt_price and judge.response_price must"),
+        (
+            "judge={kind: ensemble, budget: {money: 1}, members: [{kind: python, function: 'a:b'}, {kind: rules}]}",
+            "judge.budget counts money, so members behind an endpoint need prices",
+        ),
         ("eval.temperature=0 eval.responses_per_prompt=2", "eval.responses_per_prompt is 2, but at temperature 0"),
         ("judge=rules", "judge is 'rules', but it is a section; give keys below it"),
         ("reference=null", "reference is None, but it is a section; .* or leave it out"),

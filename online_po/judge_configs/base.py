@@ -10,8 +10,8 @@ from online_po.sections import LocalPath, Section
 
 
 class BudgetConfig(Section):
-    """What judging may cost. Spent, the run stops cleanly: everything judged is kept, and `online-po resume` goes on
-    once the budget is higher. Calls to the judge count, answers from the cache do not."""
+    """What judging may cost. Spent, the run pauses: everything judged is kept, and `online-po run` with a higher one
+    goes on. Every call counts, repeated and failed ones too; answers from the cache do not."""
 
     calls_per_round: int | None = Field(None, ge=1, description="Calls in one round, its evaluation included.")
     calls: int | None = Field(None, ge=1, description="Calls in the whole run.")
@@ -81,6 +81,8 @@ class JudgeBase(Section):
     """Whether it judges responses in general; false: what a run's own prompts ask for."""
     batches: ClassVar[bool] = False
     """Whether it answers many questions at once: then `concurrency` and `timeout_s` of single calls mean nothing."""
+    costs_money: ClassVar[bool] = False
+    """Whether its config says what a call costs."""
 
     kind: str
     workers: int = Field(1, ge=1, description="Judge processes.")
@@ -124,6 +126,15 @@ class JudgeBase(Section):
 
     @model_validator(mode="after")
     def _check_base(self) -> JudgeBase:
+        if self.budget.counts_money and not self.costs_money:
+            raise ValueError(
+                f"judge.budget counts money, but calls of judge.kind: {self.kind} have no price; count calls instead"
+            )
+        if self.batches and self.concurrency != type(self).model_fields["concurrency"].default:
+            raise ValueError(
+                f"judge.concurrency has no effect with judge.kind: {self.kind}, which answers many questions at once; "
+                "drop it"
+            )
         if self.calibration.every and self.gold is None:
             raise ValueError("judge.calibration.every is set, so judge.gold must name pairs to try the judge on")
         if not self.calibration.every and self.calibration.max_drop != 0.1:

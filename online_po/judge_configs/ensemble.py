@@ -44,6 +44,7 @@ class Ensemble(JudgeBase):
 
     kind: Literal["ensemble"] = "ensemble"
     cached: ClassVar[bool] = False  # its members' answers are
+    costs_money: ClassVar[bool] = True  # its members do
     members: tuple[Annotated[Member, BeforeValidator(_read_member)], ...] = Field(
         min_length=2, description="Judges, each as a section `judge` of its own, with `weight` or `min_gap`."
     )
@@ -88,6 +89,13 @@ class Ensemble(JudgeBase):
                 )
             if member.min_gap and self.combine != "in_order":
                 raise ValueError(f"judge.members.{place}.min_gap is for judge.combine: in_order, not {self.combine}")
+        if self.budget.counts_money:
+            prices = [getattr(m.judge, "prompt_price", None) for m in self.members if m.judge.costs_money]
+            if None in prices or not prices:
+                raise ValueError(
+                    "judge.budget counts money, so members behind an endpoint need prices (prompt_price and "
+                    "response_price), and there must be such a member; or count calls instead"
+                )
         if self.combine not in ("weighted_mean", "minimum") and self.normalise != "zscore":
             raise ValueError(f"judge.normalise has no effect with judge.combine: {self.combine}; drop it")
         return self

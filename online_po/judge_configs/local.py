@@ -25,6 +25,12 @@ class Rules(JudgeBase):
 
     kind: Literal["rules"] = "rules"
 
+    @model_validator(mode="after")
+    def _check(self) -> Rules:
+        if self.budget.calls is not None or self.budget.calls_per_round is not None:
+            raise ValueError("judge.budget has no effect with judge.kind: rules, which calls nobody; drop it")
+        return self
+
 
 class Python(JudgeBase):
     """Your function."""

@@ -61,6 +61,8 @@ class Endpoint(Prompted):
         "response_price",
     }  # fmt: skip
 
+    costs_money: ClassVar[bool] = True
+
     model: str = Field(min_length=1, description="The model's name at the endpoint.")
     base_url: str | None = Field(None, description="For example http://localhost:8000/v1. null: OpenAI's own.")
     api_key_env: str | None = Field(

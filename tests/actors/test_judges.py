@@ -143,6 +143,8 @@ def test_after_a_kill_no_answered_question_is_asked_again(group, asked, tmp_path
     asked_twice = {int(response) for response, times in Counter(calls()).items() if times > 1}
     # What the process died at has no answer: it may have to be asked again.
     assert not asked_twice & answered and len(asked_twice) <= 2
+    again.close()
+    assert [path.name for path in Path("runs/x").iterdir()] == ["judge_cache.sqlite"]
     statistics = judge_statistics(Path("runs/x/judge_cache.sqlite"), 3)
     assert statistics["hits"] + statistics["calls"] >= 40 and statistics["hits"] >= len(answered)
 

@@ -113,6 +113,7 @@ def test_a_killed_writer_loses_nothing_that_it_handed_on(cache, nodes):
     os.kill(writer.pid, signal.SIGKILL)
     handed_on += [int(line) for line in writer.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
     writer.wait()
+    assert judge_statistics(cache, 1)["calls"] >= len(handed_on)  # it can be read as it lies there
     prepare(cache, nodes=nodes)
     assert known(cache, [f"w-{number}" for number in handed_on]) == handed_on
     # What was under way has its place in the accounts, at the most it can have cost.
@@ -237,6 +238,17 @@ def test_a_damaged_page(cache):
     cache.write_bytes(data)
     with pytest.raises(LedgerError, match="is damaged"):
         prepare(cache)
+
+
+def test_an_answer_that_cannot_be_read_is_told(cache, store):
+    async def go():
+        await store.finish(ok(), key("a"), Answer(value=1))
+        store._connection.execute("UPDATE answers SET value = 'not JSON'")
+        with pytest.raises(ValueError):
+            await store.find(key("a"), 1, "j")
+        return await store.find(key("b"), 1, "j")  # and the next one is served
+
+    assert asyncio.run(go()) is None
 
 
 def test_a_file_that_is_not_there(tmp_path):
