@@ -75,6 +75,8 @@ class JudgeBase(Section):
     """Fields that change no answer: not part of a judge's identity in the cache."""
     cached: ClassVar[bool] = True
     """Whether answers are kept in the run's judge cache."""
+    batches: ClassVar[bool] = False
+    """Whether it answers many questions at once: then `concurrency` and `timeout_s` of single calls mean nothing."""
     kind: str
     workers: int = Field(1, ge=1, description="Judge processes.")
     timeout_s: float = Field(60.0, gt=0, description="Seconds after which one call counts as failed.")
@@ -110,13 +112,23 @@ class JudgeBase(Section):
         """Whether its processes hold a model, and so want a GPU."""
         return False
 
-    def identity(self) -> dict[str, Any]:
-        """All that an answer depends on, but for what is asked: what the cache knows the judge by. Files count by what
-        they say."""
+    def settings(self) -> dict[str, Any]:
+        """The settings that an answer depends on. Not where files and models lie: what they say counts, see
+        `identity`."""
         return self.model_dump(mode="json", exclude=set(self.NO_VERDICT))
+
+    def identity(self) -> dict[str, Any]:
+        """All that an answer depends on, but for what is asked: what the cache knows the judge by. Files and models
+        count by what they say. Raises ConfigError where one cannot be had."""
+        return self.settings()
 
     @model_validator(mode="after")
     def _check_base(self) -> JudgeBase:
+        for name in ("concurrency", "timeout_s"):
+            if self.batches and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"judge.{name} has no effect with judge.kind: {self.kind}, which takes all that waits; drop it"
+                )
         if self.calibration.every and self.gold is None:
             raise ValueError("judge.calibration.every is set, so judge.gold must name pairs to try the judge on")
         if not self.calibration.every and self.calibration.max_drop != 0.1:
