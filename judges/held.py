@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from online_po.judge_configs import Ensemble, Implicit, JudgeBase, RewardModel
+from online_po.model_config import find_model, read_any_config
 from online_po.model_content import count_weights
 
 
@@ -21,19 +22,20 @@ class HeldModel:
 
 
 def held_models(config: JudgeBase) -> list[HeldModel]:
-    """What one process of a judge holds. Raises ConfigError as `judges.runtime.check_judge` does."""
+    """What one process of a judge that `judges.runtime.check_judge` let pass holds."""
     match config:
         case RewardModel():
-            from judges.reward_files import read_reward_files
+            from judges.reward_files import SETTING, context_of
 
-            reward = read_reward_files(config)
-            return [_held(reward.folder, config.dtype, reward.limit)]
+            folder = find_model(config.path, config.revision, SETTING)
+            context = config.max_length or context_of(read_any_config(folder, config.path, setting=SETTING))
+            return [_held(folder, config.dtype, context)]
         case Implicit():
-            from judges.implicit import read_checkpoints
+            from judges.implicit import find_folders, shared_context
 
-            files = read_checkpoints(config)
-            copies = dict.fromkeys((*files.bases, *files.folders))  # each folder once: an ordered set
-            return [_held(folder, config.dtype, files.context) for folder in copies]
+            folders, bases = find_folders(config)
+            copies = dict.fromkeys((*bases, *folders))  # each folder once: an ordered set
+            return [_held(copy, config.dtype, shared_context(config, bases)) for copy in copies]
         case Ensemble():
             return [model for member in config.members for model in held_models(member.judge)]
         case _:

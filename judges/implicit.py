@@ -13,6 +13,7 @@ import pyarrow as pa
 from judges.asking import Answer, Asker, Question
 from judges.batching import Batcher, ask_all
 from judges.protocol import JudgeError, scored, to_score
+from judges.reward_files import context_of
 from online_po.errors import ConfigError, first_line
 from online_po.given import ResponseEncoder
 from online_po.judge_configs import Implicit
@@ -37,8 +38,8 @@ class Checkpoints:
     context: int
 
 
-def read_checkpoints(config: Implicit) -> Checkpoints:
-    """Reads configs and the tokenizer. Raises ConfigError where the two cannot be compared."""
+def find_folders(config: Implicit) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
+    """((checkpoint, reference), the whole model of each). Raises ConfigError where one is not there."""
     checkpoint, reference = (find_checkpoint(getattr(config, name), f"judge.{name}") for name in NAMES)
     # An adapter belongs on the model it was trained on. Where that is the reference, one copy serves both.
     reference_base = adapter_base(reference, "judge.reference") if is_adapter(reference) else reference
@@ -48,13 +49,15 @@ def read_checkpoints(config: Implicit) -> Checkpoints:
             f"judge.reference is {config.reference!r}, an adapter, but judge.path is {config.path!r}, a whole model; "
             "merge the adapter into its model (peft: merge_and_unload, then save_pretrained) and give that folder"
         )
+    return (checkpoint, reference), (checkpoint_base, reference_base)
+
+
+def read_checkpoints(config: Implicit) -> Checkpoints:
+    """Reads configs and the tokenizer. Raises ConfigError where the two cannot be compared."""
+    (checkpoint, reference), (checkpoint_base, reference_base) = find_folders(config)
     for name, folder in zip(NAMES, (checkpoint, reference), strict=True):
         if not list(folder.glob("*.safetensors")):
             raise ConfigError(f"judge.{name} is {str(folder)!r}, which holds no .safetensors file; save it as such")
-    contexts = []
-    for name, folder in zip(NAMES, (checkpoint_base, reference_base), strict=True):
-        settings = read_model_config(folder, getattr(config, name), setting=f"judge.{name}").get_text_config()
-        contexts.append(int(getattr(settings, "max_position_embeddings", 0) or 1 << 30))
     tokenizer, other = (
         load_tokenizer(folder, getattr(config, name), setting=f"judge.{name}")
         for name, folder in zip(NAMES, (checkpoint_base, reference_base), strict=True)
@@ -68,8 +71,16 @@ def read_checkpoints(config: Implicit) -> Checkpoints:
         folders=(checkpoint, reference),
         bases=(checkpoint_base, reference_base),
         tokenizer=tokenizer,
-        context=min(contexts),
+        context=shared_context(config, (checkpoint_base, reference_base)),
     )
+
+
+def shared_context(config: Implicit, bases: tuple[Path, Path]) -> int:
+    """Tokens that both read. Raises ConfigError for what is no causal language model."""
+    contexts = []
+    for name, folder in zip(NAMES, bases, strict=True):
+        contexts.append(context_of(read_model_config(folder, getattr(config, name), setting=f"judge.{name}")))
+    return min(contexts)
 
 
 def require_same_tokens(config: Implicit, tokenizer: Any) -> None:

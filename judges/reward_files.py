@@ -50,7 +50,7 @@ def read_reward_files(config: RewardModel) -> RewardFiles:
             f"{written}, which holds no .safetensors file; other formats can execute code when loaded, so convert it "
             "first (load with transformers, then save_pretrained)"
         )
-    context = int(getattr(settings.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
+    context = context_of(settings)
     if config.max_length is not None and config.max_length > context:
         raise ConfigError(f"judge.max_length is {config.max_length}, beyond the reward model's context of {context}")
     tokenizer = load_tokenizer(folder, config.path, setting=SETTING)
@@ -63,6 +63,11 @@ def read_reward_files(config: RewardModel) -> RewardFiles:
         limit=limit,
         letters=_letter_ids(tokenizer, written) if letters else None,
     )
+
+
+def context_of(settings: Any) -> int:
+    """Tokens that a model reads at most, by its transformers config."""
+    return int(getattr(settings.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
 
 
 def _check_architecture(config: RewardModel, settings: Any, written: str) -> bool:

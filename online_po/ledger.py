@@ -112,6 +112,7 @@ class Ledger(Pieces):
             ("model", "model.path: the starting model"),
             ("prompt_hashes", "prompts: the prompts"),
             ("seed_pairs_hash", "pairs.seed_path: the seed pairs"),
+            ("judge_hash", "judge: a model or file that it reads"),
         ):
             if self.info().get(key) != info.get(key):
                 raise ConfigError(

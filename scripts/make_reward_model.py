@@ -5,7 +5,7 @@ A tiny Llama with a one-number head (scripts/make_tiny_model.py) is trained by t
 pairs: of two texts of random tokens the one with the larger share of lower-case letters and spaces is the better. Its
 accuracy on pairs that it has not seen is printed.
 
-    python scripts/make_reward_model.py FOLDER [--seed 0] [--steps 150]
+    python scripts/make_reward_model.py FOLDER [--seed 0] [--steps 200]
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def true_reward(text: str) -> float:
 
 
 def make_pairs(tokenizer: Any, count: int, seed: int) -> list[Pair]:
-    """Pairs of texts of 4 to 24 random tokens, as an untrained tiny policy writes them, some with many letters."""
+    """Pairs of texts of up to 24 random tokens, as an untrained tiny policy writes them, some with many letters."""
     rng = random.Random(seed)
     pieces = [tokenizer.decode([i]) for i in range(len(tokenizer))]
     usable = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
@@ -37,7 +37,7 @@ def make_pairs(tokenizer: Any, count: int, seed: int) -> list[Pair]:
 
     def text() -> str:
         share = rng.random()
-        ids = [rng.choice(letters if rng.random() < share else usable) for _ in range(rng.randint(4, 24))]
+        ids = [rng.choice(letters if rng.random() < share else usable) for _ in range(rng.randint(0, 24))]
         return tokenizer.decode(ids)
 
     pairs: list[Pair] = []
@@ -48,7 +48,7 @@ def make_pairs(tokenizer: Any, count: int, seed: int) -> list[Pair]:
     return pairs
 
 
-def make_reward_model(path: str | os.PathLike[str], *, seed: int = 0, steps: int = 150, batch: int = 24) -> float:
+def make_reward_model(path: str | os.PathLike[str], *, seed: int = 0, steps: int = 200, batch: int = 24) -> float:
     """Writes a trained reward model to `path`; returns its accuracy on 200 held-out pairs."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("path", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=150, help="of 24 pairs each (%(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="of 24 pairs each (%(default)s)")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     accuracy = make_reward_model(args.path, seed=args.seed, steps=args.steps)

@@ -179,6 +179,12 @@ def test_eval_sampling_follows_the_generator_but_for_temperature(tmp_path):
     assert Config.from_yaml(write(tmp_path)).eval_sampling.temperature == 1.0
 
 
+JUDGES = {
+    "reward_model": "judge={kind: reward_model, path: /a}",
+    "implicit": "judge={kind: implicit, path: /a, reference: /b}",
+}
+
+
 def test_where_content_lies_is_no_part_of_the_identity(tmp_path):
     here = Config.from_yaml(write(tmp_path), ["prompts.heldout_path=h.jsonl", "prompts.heldout_size=0"])
     moved = ["model.path=/else/m", "prompts.path=/else/p.parquet", "prompts.heldout_path=/else/h.csv"]
@@ -191,6 +197,11 @@ def test_where_content_lies_is_no_part_of_the_identity(tmp_path):
     assert hub.identity()["model"] == here.identity()["model"]
     other = Config.from_yaml(write(tmp_path), ["prompts.column=question"])
     assert other.identity() != Config.from_yaml(write(tmp_path)).identity()
+    judge = "judge={kind: reward_model, path: %s, max_length: %d}"
+    one, same, shorter = (
+        Config.from_yaml(write(tmp_path), [judge % at]) for at in (("/a", 99), ("/b", 99), ("/a", 98))
+    )
+    assert one.identity() == same.identity() != shorter.identity()
 
 
 def test_a_moved_run_goes_on_and_other_content_is_refused(tmp_path):
@@ -207,6 +218,16 @@ def test_a_moved_run_goes_on_and_other_content_is_refused(tmp_path):
         ledger.begin(moved, info | {"model": {"weights": {"model.safetensors": 9}}})
     with pytest.raises(ConfigError, match="the prompts changed"):
         ledger.begin(moved, info | {"prompt_hashes": {"train": "a", "heldout": "c"}})
+    with pytest.raises(ConfigError, match="judge: a model or file that it reads changed"):
+        ledger.begin(moved, info | {"judge_hash": "d"})
+
+
+@pytest.mark.parametrize("kind", ["reward_model", "implicit"])
+def test_settings_of_single_calls_are_refused_for_judges_that_take_batches(tmp_path, kind):
+    for setting in ("concurrency=2", "timeout_s=5"):
+        name = setting.split("=")[0]
+        with pytest.raises(ConfigError, match=rf"judge\.{name} has no effect with judge\.kind: {kind}"):
+            Config.from_yaml(write(tmp_path), [JUDGES[kind], f"judge.{setting}"])
 
 
 def test_importing_the_package_and_its_config_loads_nothing_heavy():

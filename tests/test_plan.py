@@ -13,6 +13,7 @@ import pytest
 from online_po.config import Config
 from online_po.errors import ConfigError
 from online_po.memory import Memory
+from online_po.model_content import count_weights
 from online_po.plan import GIB, estimate, make_plan, read_shape
 
 PROMPTS = [{"prompt": f"question {i}", "constraints": [{"type": "lowercase"}]} for i in range(20)]
@@ -90,6 +91,40 @@ def test_the_kv_cache_is_counted_in_the_engine_s_type(tmp_path, tiny_model):
     with pytest.raises(ConfigError, match="one sequence of 112 tokens"):
         make_plan(parse(tmp_path, tiny_model, generator__cpu_kv_cache_gib=fits_half))
     make_plan(parse(tmp_path, tiny_model, generator__cpu_kv_cache_gib=fits_half, generator__dtype="bfloat16"))
+
+
+def test_a_judge_s_model_is_counted(tmp_path, tiny_model, monkeypatch):
+    from make_tiny_model import make_tiny_model
+
+    reward = make_tiny_model(tmp_path / "reward", kind="reward", hidden=96, max_length=512)
+    judge = {"kind": "reward_model", "path": str(reward)}
+    config = parse(tmp_path, tiny_model, judge=judge)
+    plan = make_plan(config)
+    assert plan.figures["judge"] == "reward_model, 0.2 M weights, reads 512 tokens"
+    assert plan.figures["judge memory"].endswith("a process (of 1), and activations")
+    shape = read_shape(config, tiny_model)
+    weights = 4 * count_weights(reward)
+    assert estimate(config, shape).judge == weights
+    assert estimate(parse(tmp_path, tiny_model, judge={**judge, "dtype": "bfloat16"}), shape).judge == weights / 2
+    pretend_memory(monkeypatch, 1 << 40, 1)
+    with_it, without = (
+        next(w for w in make_plan(some).warnings if w.startswith("memory"))
+        for some in (config, parse(tmp_path, tiny_model))
+    )
+    assert "lower judge.workers" in with_it and "judge" not in without
+    monkeypatch.setattr("online_po.plan._judge_memory", lambda config: float(1 << 41))
+    with pytest.raises(ConfigError, match=r"judge: one process takes about 2048.0 GiB, .*judge\.dtype: bfloat16"):
+        make_plan(config)
+
+
+def test_a_judge_s_checkpoint_must_read_the_policy_s_tokens(tmp_path, tiny_model):
+    from make_tiny_model import make_tiny_model
+
+    start, trained = (make_tiny_model(tmp_path / str(seed), seed=seed, vocab=300) for seed in (0, 1))
+    judge = {"kind": "implicit", "path": str(trained), "reference": str(start)}
+    assert make_plan(parse(tmp_path, start, judge=judge)).figures["judge"].startswith("implicit, 0.1 M + 0.1 M weights")
+    with pytest.raises(ConfigError, match=r"whose tokenizer is not the policy's \(model\.path\)"):
+        make_plan(parse(tmp_path, tiny_model, judge=judge))
 
 
 def pretend_memory(monkeypatch, total, available):

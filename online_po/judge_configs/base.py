@@ -119,10 +119,15 @@ class JudgeBase(Section):
         """Whether its processes hold a model, and so want a GPU."""
         return False
 
-    def identity(self) -> dict[str, Any]:
-        """All that an answer depends on, but for what is asked: what the cache knows the judge by. Files count by what
-        they say."""
+    def settings(self) -> dict[str, Any]:
+        """The settings that an answer depends on. Not where files and models lie: what they say counts, see
+        `identity`."""
         return self.model_dump(mode="json", exclude=set(self.NO_VERDICT))
+
+    def identity(self) -> dict[str, Any]:
+        """All that an answer depends on, but for what is asked: what the cache knows the judge by. Files and models
+        count by what they say. Raises ConfigError where one cannot be had."""
+        return self.settings()
 
     @model_validator(mode="after")
     def _check_base(self) -> JudgeBase:
@@ -130,11 +135,11 @@ class JudgeBase(Section):
             raise ValueError(
                 f"judge.budget counts money, but calls of judge.kind: {self.kind} have no price; count calls instead"
             )
-        if self.batches and self.concurrency != type(self).model_fields["concurrency"].default:
-            raise ValueError(
-                f"judge.concurrency has no effect with judge.kind: {self.kind}, which answers many questions at once; "
-                "drop it"
-            )
+        for name in ("concurrency", "timeout_s"):
+            if self.batches and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"judge.{name} has no effect with judge.kind: {self.kind}, which takes all that waits; drop it"
+                )
         if self.calibration.every and self.gold is None:
             raise ValueError("judge.calibration.every is set, so judge.gold must name pairs to try the judge on")
         if not self.calibration.every and self.calibration.max_drop != 0.1:

@@ -71,6 +71,10 @@ class Ensemble(JudgeBase):
     def holds_model(self) -> bool:
         return any(member.judge.holds_model for member in self.members)
 
+    def settings(self) -> dict[str, Any]:
+        members = [member.model_dump(exclude={"judge"}) | member.judge.settings() for member in self.members]
+        return super().settings() | {"members": members}
+
     def identity(self) -> dict[str, Any]:
         members = [member.model_dump(exclude={"judge"}) | member.judge.identity() for member in self.members]
         return super().identity() | {"members": members}

@@ -71,6 +71,7 @@ class RewardModel(JudgeBase):
     NO_VERDICT: ClassVar[frozenset[str]] = JudgeBase.NO_VERDICT | {"batch_tokens", "path", "revision"}
 
     kind: Literal["reward_model"] = "reward_model"
+    batches: ClassVar[bool] = True
     path: LocalOrHub = Field(description="Folder or hub name of the reward model.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     engine: Literal["transformers", "vllm"] = Field(
@@ -99,10 +100,6 @@ class RewardModel(JudgeBase):
         "which gains nothing from batches, every text goes alone, and its score is the same bit for bit whatever else "
         "is judged.",
     )
-    timeout_s: float = Field(
-        600.0, gt=0, description="Seconds after which one call counts as failed; it may wait for others' batches."
-    )
-    concurrency: int = Field(128, ge=1, description="Texts that wait for a place in a batch, in one judge process.")
 
     @property
     def pairwise(self) -> bool:
@@ -131,6 +128,7 @@ class Implicit(JudgeBase):
     NO_VERDICT: ClassVar[frozenset[str]] = JudgeBase.NO_VERDICT | {"batch_tokens", "path", "reference"}
 
     kind: Literal["implicit"] = "implicit"
+    batches: ClassVar[bool] = True
     path: LocalOrHub = Field(
         description="The trained checkpoint: folder with full weights or an adapter, or a hub name."
     )
@@ -147,10 +145,6 @@ class Implicit(JudgeBase):
         description="Tokens in one batch, padding included; a longer text goes alone. null: 16,384 on a GPU; on a CPU "
         "every text goes alone, and its score is the same bit for bit whatever else is judged.",
     )
-    timeout_s: float = Field(
-        600.0, gt=0, description="Seconds after which one call counts as failed; it may wait for others' batches."
-    )
-    concurrency: int = Field(128, ge=1, description="Texts that wait for a place in a batch, in one judge process.")
 
     @property
     def holds_model(self) -> bool:

@@ -38,6 +38,9 @@ class Prompted(JudgeBase):
     temperature: float = Field(0.0, ge=0, le=2, description="Sampling temperature of the judge.")
     max_tokens: int = Field(512, ge=1, description="Tokens of one answer of the judge.")
 
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {name: getattr(self, name) is not None for name in ("rubric", "constitution")}
+
     def identity(self) -> dict[str, Any]:
         texts = {name: getattr(self, name) for name in ("rubric", "constitution")}
         return super().identity() | {

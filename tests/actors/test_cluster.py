@@ -40,12 +40,59 @@ def test_an_engine_and_a_rank_share_each_gpu(tmp_path, monkeypatch):
         place = cluster.placement(make_config(tmp_path, learner={"ranks": 2}, generator__replicas=2))
         assert place.shared
         actor = ray.remote(num_cpus=0)(Holder)
-        kinds = (place.generator, place.learner)
-        holders = [[actor.options(**place.options(gpus, number)).remote() for number in range(2)] for gpus in kinds]
+        kinds = ("generator", "learner")
+        holders = [[actor.options(**place.options(kind, number)).remote() for number in range(2)] for kind in kinds]
         engines, ranks = ([ray.get(holder.gpus.remote()) for holder in some] for some in holders)
         assert engines == ranks and sorted(engines) == [[0], [1]]
     finally:
         cluster.stop()
+
+
+REWARD = {"kind": "reward_model", "path": "r"}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "expected"),
+    [
+        (0, {"judge": REWARD}, (0, 0, 0, "")),
+        (3, {"judge": REWARD}, (1, 1, 1, "")),
+        (2, {"judge": REWARD}, (1, 0.5, 0.5, "judge learner")),
+        (1, {"judge": REWARD}, (0.33, 0.33, 0.33, "generator judge learner")),
+        (8, {"judge": {**REWARD, "workers": 4}, "generator__replicas": 4, "learner": {"ranks": 4}},
+         (1, 0.5, 0.5, "judge learner")),
+        (4, {"judge": {**REWARD, "workers": 2}, "generator__replicas": 4, "learner": {"ranks": 4}},
+         (0.33, 0.33, 0.33, "generator judge learner")),
+        (5, {"judge": REWARD, "generator__tensor_parallel": 4}, (4, 0.5, 0.5, "judge learner")),
+        (2, {"judge": REWARD, "ray": {"judge_gpus": 0.0}}, (1, 1, 0, "")),
+        (2, {"judge": REWARD, "ray": {"judge_gpus": 1.0}}, (0.5, 0.5, 1, "generator learner")),
+        (1, {"judge": REWARD, "ray": {"judge_gpus": 0.2, "learner_gpus": 0.4, "generator_gpus": 0.4}},
+         (0.4, 0.4, 0.2, "")),
+        (3, {"judge": {"kind": "python", "function": "a:b"}}, (1, 1, 0, "")),
+        (3, {"judge": {"kind": "python", "function": "a:b"}, "ray": {"judge_gpus": 1.0}}, (1, 1, 1, "")),
+        (3, {"judge": {"kind": "ensemble", "members": [{"kind": "rules"}, REWARD]}}, (1, 1, 1, "")),
+        (3, {"judge": {"kind": "ensemble", "members": [{"kind": "rules"}, {"kind": "python", "function": "a:b"}]}},
+         (1, 1, 0, "")),
+    ],
+)  # fmt: skip
+def test_judges_that_hold_a_model_get_gpus(tmp_path, monkeypatch, gpus, overrides, expected):
+    monkeypatch.setattr(cluster, "gpu_count", lambda: gpus)
+    place = cluster.placement(make_config(tmp_path, **overrides))
+    assert (place.generator, place.learner, place.judge, " ".join(sorted(place.together))) == expected
+    if place.together:
+        assert sum(getattr(place, kind) for kind in place.together) <= 1
+
+
+def test_too_few_gpus_for_the_judge_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "gpu_count", lambda: 2)
+    with pytest.raises(
+        ConfigError, match=r"has 2 GPUs, but 4 are needed: .*judge\.workers = 2 with 1 each.*judge_gpus"
+    ):
+        cluster.placement(make_config(tmp_path, judge={**REWARD, "workers": 2}, ray={"judge_gpus": 1.0}))
+
+
+def test_gpus_for_a_judge_that_computes_nothing_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="ray.judge_gpus is 1, but judge.kind: rules computes nothing on a GPU"):
+        make_config(tmp_path, ray={"judge_gpus": 1.0})
 
 
 def test_a_containers_share_of_the_cores_counts(monkeypatch):

@@ -289,7 +289,7 @@ def test_a_judge_is_known_by_what_its_model_says_not_by_where_it_lies(model, tmp
         return RewardModel(path=str(path), **settings).identity()
 
     moved = copy_of(model, tmp_path / "moved")
-    assert identity(moved) == identity(model) == identity(model, batch_tokens=7, timeout_s=3)
+    assert identity(moved) == identity(model) == identity(model, batch_tokens=7, workers=3)
     assert identity(model) != identity(model, max_length=100)
     assert identity(model) != identity(with_template(model, tmp_path / "template", BOS_TEMPLATE))
 
