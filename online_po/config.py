@@ -213,7 +213,7 @@ class Config(Section):
             (self.pairs.strategy != "top_bottom_k", "pairs", ("k",), "pairs.strategy: top_bottom_k"),
             (self.labels.rule != "top_bottom", "labels", ("share",), "labels.rule: top_bottom"),
             (
-                self.judge.kind == "ensemble" or self.judge.batches,
+                self.judge.kind == "ensemble",
                 "judge",
                 ("timeout_s", "concurrency"),
                 "another judge.kind, or in a member",

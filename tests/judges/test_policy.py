@@ -202,7 +202,7 @@ def test_self_judges_are_found_in_ensembles(tmp_path):
         ({"policy": 0}, "judge.policy"),
         ({"policy": "last"}, "judge.policy"),
         ({"workers": 2}, r"judge\.workers is 2.*see generator\.replicas"),
-        ({"timeout_s": 5.0}, r"judge\.timeout_s is 5"),
+        ({"timeout_s": 5.0}, r"judge\.timeout_s has no effect"),
         ({"soft": True}, r"judge\.soft is for judge\.kind: llm_pairwise"),
         ({}, r"judge\.kind is self_pairwise.*set eval\.every: 0"),
     ],
