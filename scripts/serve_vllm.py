@@ -21,7 +21,7 @@ NAME = "judge"
 
 @contextmanager
 def serving_vllm(
-    model: Path, log: Path, *, key: str | None = None, max_model_len: int = 4096, threads: int = 1, wait_s: float = 300
+    model: Path, log: Path, *, key: str | None = None, max_model_len: int = 4096, threads: int = 1, wait_s: float = 500
 ) -> Iterator[str]:
     """Gives the base URL once the server answers. CPU build, float32, what it prints goes to `log`.
 
