@@ -15,6 +15,8 @@ from judges.runtime import LocalJudgePool
 from online_po.judge_cache import judge_statistics
 from online_po.loop import run_rounds
 from online_po.parts import Parts
+from online_po.report import render
+from online_po.run_view import load_run_view
 from online_po.types import Group, Judgement
 from tests.fakes import make_config
 from tests.judges.chat_server import Asked, Sent, Server, serving
@@ -135,6 +137,9 @@ def test_every_judgement_that_could_be_had_and_no_other(tmp_path):
         calls, failed = (sum(r["calls"] for r in took), sum(sum(r["failed_calls"].values()) for r in took))
         # Some calls never arrive: a server that cuts and stalls has full queues.
         assert calls - failed == model.paid.total() and calls >= model.asked.total()
+        page = render(load_run_view(parts.ledger.root))
+        assert "What judging took" in page and f"<td class=\"num\">{took[0]['calls']}</td>" in page
+        assert all(f"{count} x {kind}" in page for kind, count in took[1]["failed_calls"].items())
 
         # Once the endpoint is well, only what it declined is asked again.
         model.share, before = 0.0, model.asked.copy()
