@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, nullcontext
 from contextvars import ContextVar
@@ -180,8 +181,7 @@ class _Attempt:
             raise
 
     async def _run(self) -> tuple[Answer | Exception, float]:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
+        began = time.perf_counter()  # finer than the event loop's clock
         limit = None if self.asker.config.batches else self.asker.config.timeout_s
         outcome: Answer | Exception
         try:
@@ -194,7 +194,7 @@ class _Attempt:
             if isinstance(error, TimeoutError) and timeout.expired():
                 again = isinstance(self.asker.config, Endpoint)
                 outcome = JudgeError("timeout", f"no answer within judge.timeout_s = {limit:g} s", retry=again)
-        return outcome, loop.time() - began
+        return outcome, time.perf_counter() - began
 
     def _note(self, outcome: Answer | Exception, estimate: float) -> None:
         """Tells the limits."""
