@@ -7,16 +7,20 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from judges.rules import validate_constraints
 from judges.runtime import LocalJudgePool, check_judge
 from online_po import files
-from online_po.errors import ConfigError, JudgeFailureRateError
+from online_po.errors import ConfigError, JudgeFailureRateError, LedgerError
 from online_po.judge_configs import Ensemble, JudgeBase, Rules
 from online_po.judge_trials import text_response
+from online_po.ledger import Ledger
 from online_po.prompt_files import open_file
 from online_po.prompts import require_text, to_messages
 from online_po.seed_pairs import PLAIN, read_pair
@@ -71,11 +75,28 @@ def judge_file(
         group = read_group(config, cells, f"{opened.label}, {place}")
         if isinstance(config, Rules):
             _require_constraints(group, f"{opened.label}, {place}")
-    pool = LocalJudgePool(config, cache)
-    try:
-        return _judge_all(pool, config, source, out, on_progress)
-    finally:
-        pool.close()
+    with _locked(cache):
+        pool = LocalJudgePool(config, cache)
+        try:
+            return _judge_all(pool, config, source, out, on_progress)
+        finally:
+            pool.close()
+
+
+@contextmanager
+def _locked(cache: Path) -> Iterator[None]:
+    """One process at a time starts the writers of a judge cache. Raises LedgerError where another has it."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    # A run holds the lock of its folder, see `Ledger.lock`.
+    run = Ledger(cache.parent)
+    with ExitStack() as held:
+        if cache == run.judge_cache and run.exists():
+            held.enter_context(run.lock())
+        try:
+            held.enter_context(FileLock(f"{cache}.lock", timeout=0))
+        except Timeout as error:
+            raise LedgerError(f"{str(cache)!r} is in use by another `online-po judge`; wait for it") from error
+        yield
 
 
 def read_group(config: JudgeBase, cells: dict[str, Any], where: str) -> Group:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from online_po.config import Config
-from online_po.errors import GuardError, NonFiniteError
+from online_po.errors import BudgetError, GuardError, NonFiniteError
 from online_po.judge_configs import self_judges
 from online_po.judge_trials import try_judge
 from online_po.ledger import Ledger
@@ -59,7 +59,7 @@ def run(
             try:
                 if not is_finished(config, ledger, evaluates=plan.heldout is not None):
                     _run_watched(plan, ledger, told)
-            except (GuardError, NonFiniteError):
+            except (BudgetError, GuardError, NonFiniteError):
                 told.message(f"report: {write_report(ledger.root)}")
                 raise
             report = write_report(ledger.root)

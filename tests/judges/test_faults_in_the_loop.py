@@ -138,7 +138,7 @@ def test_every_judgement_that_could_be_had_and_no_other(tmp_path):
         # Some calls never arrive: a server that cuts and stalls has full queues.
         assert calls - failed == model.paid.total() and calls >= model.asked.total()
         page = render(load_run_view(parts.ledger.root))
-        assert "What judging took" in page and f"<td class=\"num\">{took[0]['calls']}</td>" in page
+        assert "What judging took" in page and f'<td class="num">{took[0]["calls"]}</td>' in page
         assert all(f"{count} x {kind}" in page for kind, count in took[1]["failed_calls"].items())
 
         # Once the endpoint is well, only what it declined is asked again.

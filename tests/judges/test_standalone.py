@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from filelock import FileLock
 
 from judges.standalone import judge_file
 from online_po.config import read_judge
-from online_po.errors import ConfigError, JudgeFailureRateError
+from online_po.errors import ConfigError, JudgeFailureRateError, LedgerError
 from online_po.judge_configs import LlmPairwise, Python, Rules
 from tests.judges import groups
 
@@ -96,3 +97,9 @@ def test_the_section_is_read_from_any_config(tmp_path):
     path.write_text("judge: {kind: pyton}\n")
     with pytest.raises(ConfigError, match=r"judge.kind is 'pyton', which is no judge; did you mean 'python'"):
         read_judge(path)
+
+
+def test_a_cache_has_one_writer_at_a_time(source):
+    with FileLock(source.with_name("cache.sqlite.lock")), pytest.raises(LedgerError, match=r"cache.sqlite' is in use"):
+        judge(Python(function=f"{HERE}:length"), source)
+    judge(Python(function=f"{HERE}:length"), source)
