@@ -79,8 +79,8 @@ class RewardModel(JudgeBase):
     )
     compares: bool = Field(
         False,
-        description="It is given two responses and says which is better, see docs/judges.md for the form; false: it "
-        "scores one response.",
+        description="It is given two responses, in both orders: a causal language model that answers A or B, or a "
+        "classifier whose one output is the log-odds that the first is better. false: it scores one response.",
     )
     dtype: Dtype = Field(
         "auto",
