@@ -23,6 +23,7 @@ class Model:
     """A chat model that says what a function of the question says; it keeps the questions."""
 
     about = ""
+    varies = True
 
     def __init__(self, says):
         self.says = says
