@@ -221,7 +221,7 @@ def test_models_that_cannot_be_used(tmp_path, tiny_model):
     cut = tmp_path / "cut"
     shutil.copytree(tiny_model, cut)
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(ConfigError, match=r"damaged or cut: model.safetensors"):
+    with pytest.raises(ConfigError, match=r"model.safetensors is damaged or cut"):
         make_plan(parse(tmp_path, cut))
 
 
