@@ -26,7 +26,7 @@ from online_po.errors import ConfigError, LedgerError
 from online_po.pieces import ExampleKind, Pieces
 from online_po.types import Policy, Probe, Reference
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 WEIGHT_FOLDERS = ("policy", "reference", "trainer")
 """What `prune` deletes of a round."""
 

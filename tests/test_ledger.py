@@ -276,7 +276,7 @@ def test_folders_that_are_no_run(ledger, tmp_path):
     with pytest.raises(LedgerError, match="is not a run folder"):
         Ledger.open(tmp_path / "nothing")
     files.write_json(ledger.root / "run.json", {"schema_version": 99})
-    with pytest.raises(LedgerError, match="schema 99, this version reads 2"):
+    with pytest.raises(LedgerError, match="schema 99, this version reads 3"):
         Ledger.open(ledger.root)
 
 
