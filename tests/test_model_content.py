@@ -78,7 +78,7 @@ def test_a_damaged_file_is_named(folder, damage):
     path = folder / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     for function in (content_hash, count_weights):
-        with pytest.raises(ConfigError, match=r"model\.safetensors is damaged or cut"):
+        with pytest.raises(ConfigError, match=r"model\.safetensors' is damaged or cut"):
             function(folder)
 
 
