@@ -19,7 +19,7 @@ from actors.engines import variables
 from actors.vllm_reward import load_reward_model
 from judges.asking import Asker
 from judges.calls import describe
-from judges.runtime import build_judge, judge_groups, remembers, shown
+from judges.runtime import build_judge, close_judge, judge_groups, remembers, shown
 from judges.store import JudgeStore, prepare, release
 from online_po.config import Config
 from online_po.errors import BudgetError, EngineError, OnlinePOError
@@ -164,6 +164,7 @@ class _JudgeWorker:
         await self._asker.drain()
 
     async def stop(self) -> None:
+        await close_judge(self._judge)
         if self._store is not None:
             await asyncio.to_thread(self._store.close)
 

@@ -72,6 +72,10 @@ class ChatModel(Protocol):
 
     def for_group(self, group: Group) -> Chat: ...
 
+    async def close(self) -> None:
+        """Lets go of what it holds open."""
+        ...
+
 
 def charged(error: JudgeError, reply: Reply) -> JudgeError:
     """The error, with what the reply it comes of took."""

@@ -24,12 +24,12 @@ class ScoringJudge:
     the whole group without a label."""
 
     def __init__(self, config: Scoring, asker: Asker, model: ChatModel) -> None:
-        self._config, self._asker, self._model = config, asker, model
+        self._config, self._asker, self.model = config, asker, model
         self._prompting = Prompting(config)
         asker.identify(template=TEMPLATE)
 
     async def judge(self, group: Group) -> Judgement:
-        chat = self._model.for_group(group)
+        chat = self.model.for_group(group)
         about = self._prompting.about(group.prompt, group.responses, chat.about)
         samples = self._config.samples
         answers = await all_of(
@@ -45,7 +45,7 @@ class ScoringJudge:
 
     def shown(self, question: Question) -> str:
         """See `judges.questions.Shows`."""
-        chat = self._model.for_group(Group(prompt=question.prompt, responses=question.responses))
+        chat = self.model.for_group(Group(prompt=question.prompt, responses=question.responses))
         about = self._prompting.about(question.prompt, question.responses, chat.about)
         return chat.shown(self._prompting.score(replace(question, about=about)))
 
@@ -67,14 +67,14 @@ class ComparingJudge:
     """
 
     def __init__(self, config: Comparing, asker: Asker, model: ChatModel, *, soft: bool = False) -> None:
-        self._config, self._asker, self._model, self._soft = config, asker, model, soft
+        self._config, self._asker, self.model, self._soft = config, asker, model, soft
         self._prompting = Prompting(config)
         asker.identify(template=TEMPLATE)
 
     async def judge(self, group: Group) -> Judgement:
         if len(group.responses) < 2:
             raise JudgeError("error", f"judge.kind {self._config.kind} compares responses, and there is only one")
-        chat, texts = self._model.for_group(group), [response.text for response in group.responses]
+        chat, texts = self.model.for_group(group), [response.text for response in group.responses]
         players = sorted({texts.index(text) for text in texts})
         notes: dict[int, list[str]] = {player: [] for player in players}
 
@@ -126,7 +126,7 @@ class ComparingJudge:
 
     def shown(self, question: Question) -> str:
         """See `judges.questions.Shows`."""
-        chat = self._model.for_group(Group(prompt=question.prompt, responses=question.responses))
+        chat = self.model.for_group(Group(prompt=question.prompt, responses=question.responses))
         about = self._prompting.about(question.prompt, question.responses, chat.about)
         return chat.shown(self._prompting.compare(replace(question, about=about)))
 

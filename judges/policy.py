@@ -53,6 +53,9 @@ class PolicyModel:
     def for_group(self, group: Group) -> PolicyChat:
         return PolicyChat(self, judging_version(self._config.policy, group.responses[0].policy_version))
 
+    async def close(self) -> None:
+        """See `judges.chat.ChatModel`: the generators are the run's."""
+
     async def ask(self, messages: list[Message], version: int, seed: int) -> Reply:
         """See `judges.chat.Chat`. Raises JudgeError: error for a question that is too long, unparsable for half an
         answer."""

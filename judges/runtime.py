@@ -146,6 +146,16 @@ def build_judge(
             raise ConfigError(f"judge.kind is {config.kind!r}, which is not built yet")
 
 
+async def close_judge(judge: Judge) -> None:
+    """Lets go of what a judge holds open; in the event loop that it judged in."""
+    match judge:
+        case ScoringJudge() | ComparingJudge():
+            await judge.model.close()
+        case EnsembleJudge():
+            for _, member in judge.members:
+                await close_judge(member)
+
+
 async def judge_groups(judge: Judge, groups: Sequence[Group], round_: int = 0, occasion: str = "") -> list[Judgement]:
     """One judgement per group, in order; an error in one group is that group's JudgeFailure.
 
@@ -218,6 +228,7 @@ class LocalJudgePool:
 
     def close(self) -> None:
         """Ends the thread; what is still being judged is left without an answer."""
+        asyncio.run_coroutine_threadsafe(close_judge(self._judge), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

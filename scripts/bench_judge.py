@@ -89,7 +89,7 @@ async def ask_all(asker: Asker | None, url: str, args: argparse.Namespace) -> tu
     """(seconds, ms of CPU time a judgement, MiB of memory growth after the first tenth)."""
     process, sizes, count = psutil.Process(), [], args.judgements
     numbers = iter(range(count))
-    http = openai.DefaultAioHttpClient() if args.aiohttp else openai.DefaultAsyncHttpxClient()
+    http = openai.DefaultAioHttpClient()  # as judges.endpoint has it
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, http_client=http) as client:
 
         async def call() -> Answer:
@@ -144,7 +144,6 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--latency", type=float, default=0.2, help="seconds")
     parser.add_argument("--budget", action="store_true", help="with a budget: each call is on disk before it goes out")
-    parser.add_argument("--aiohttp", action="store_true", help="the openai client over aiohttp instead of httpx")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
