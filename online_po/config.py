@@ -139,11 +139,6 @@ class Config(Section):
             )
         if self.eval.every == 0 and (self.prompts.heldout_path or self.prompts.heldout_size):
             raise ValueError("eval.every is 0 but held-out prompts are given; drop them or evaluate")
-        if self.eval.every > 0 and self.judge.pairwise:
-            raise ValueError(
-                f"judge.kind is {self.judge.kind}, whose scores compare the responses to one prompt and say nothing of "
-                "one policy against another, so held-out prompts cannot be scored; set eval.every: 0"
-            )
         if self.eval.every > 0 and not (self.prompts.heldout_path or self.prompts.heldout_size):
             raise ValueError(
                 "no held-out prompts for evaluation: set prompts.heldout_path or prompts.heldout_size, or eval.every: 0"

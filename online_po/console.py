@@ -156,7 +156,8 @@ class ConsoleObserver:
         self._guards(summary)
 
     def evaluation(self, summary: dict[str, Any]) -> None:
-        text = f"policy {summary['policy_version']} on held-out prompts: score {interval(summary['score'])}"
+        what = "share won against the start" if summary["against_start"] else "score"
+        text = f"policy {summary['policy_version']} on held-out prompts: {what} {interval(summary['score'])}"
         if (comparison := summary["versus_start"]) is not None:
             text += f" · win rate against the start {interval(comparison['win_rate'], percent=True)}"
         self._print(text, style="cyan")

@@ -45,11 +45,12 @@ class EvalSummary(TypedDict):
     failed_prompts: int  # prompts whose judgement failed: no part of any score here
     failures: dict[str, int]  # failed prompts by kind
     score: Interval | None  # mean over prompts of the prompt's mean score
+    against_start: bool  # scores are outcomes of duels with the start's responses, see `online_po.heldout.Duels`
     length_mean: float | None  # tokens
     truncated_share: float | None
     versus_start: Comparison | None
     versus_previous: Comparison | None
-    attempt: NotRequired[int]  # roll-backs before it was made; the loop adds this and `guards`
+    attempt: NotRequired[int]  # roll-backs before it was made; `online_po.heldout` adds this and `guards`
     guards: NotRequired[list[dict[str, Any]]]  # what guards saw, see `online_po.guards.Finding`
 
 
@@ -61,6 +62,7 @@ def summarise(
     previous: pa.Table | None,
     samples: int,
     seed: int,
+    against_start: bool = False,
 ) -> dict[str, Any]:
     """Sums up one policy's evaluation, as the fields of `EvalSummary`.
 
@@ -80,6 +82,7 @@ def summarise(
         "failed_prompts": sum(failures.values()),
         "failures": failures,
         "score": bootstrap(np.array(list(scores.values())), samples, seed),
+        "against_start": against_start,
         "length_mean": float(lengths.mean()) if len(lengths) else None,
         "truncated_share": reasons.count("length") / len(reasons) if reasons else None,
         "versus_start": None if start is None else compare(rows, start, samples, seed),

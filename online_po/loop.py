@@ -7,26 +7,21 @@ staleness 0 it waits for the round before it, with more it runs while that one t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from typing import Any
 
-import pyarrow as pa
-
 from online_po.config import Config
 from online_po.errors import ConfigError, LedgerError, NonFiniteError
-from online_po.evaluation import best_version, compare, early_stop, summarise
-from online_po.guards import Finding, evaluation_findings
+from online_po.evaluation import early_stop
+from online_po.guards import Finding
+from online_po.heldout import evaluate_heldout
 from online_po.judge_trials import calibrate, try_judge
-from online_po.judging import check_failure_rate
 from online_po.ledger import Ledger
 from online_po.parts import Parts
 from online_po.retention import Retention, heldout_scores
 from online_po.roll_back import RollBack, act, go_back, load_round, unsettled
-from online_po.round import probe_of, request, sample_round, train_round
-from online_po.seeds import stable_seed
-from online_po.tables import evaluation_to_table
-from online_po.types import Group, Judgement, Reference, Request
+from online_po.round import probe_of, sample_round, train_round
+from online_po.types import Reference
 
 PROBE_TOKENS = 128
 PROBE_CANDIDATES = 256
@@ -238,61 +233,5 @@ class _WeightHolder:
             return
         self._sync(version, round_)
         with self.parts.observer.phase("evaluate", round_):
-            summary = _evaluate(self.parts, version, round_)
+            summary = evaluate_heldout(self.parts, version, round_)
         self.parts.observer.evaluation(summary)
-
-
-def _evaluate(parts: Parts, version: int, round_: int) -> dict[str, Any]:
-    """Samples and judges the held-out prompts; the seeds are the same for every version. Judging counts for `round_`,
-    as time does."""
-    config, ledger, heldout = parts.config, parts.ledger, parts.heldout
-    assert heldout is not None
-    # As many sequences at a time as when sampling, but some chunks for every replica (and the same ones for one).
-    chunk, per_prompt = config.generator.chunk_prompts, config.eval.responses_per_prompt
-    size = max(1, min(chunk * config.loop.responses_per_prompt // per_prompt, max(chunk, len(heldout) // 8)))
-
-    def chunks() -> Iterator[tuple[int, list[Request]]]:
-        for part, begin in enumerate(range(0, len(heldout), size)):
-            parts.require_going_on()
-            yield part, [request(config, prompt, "evaluate", 0) for prompt in heldout[begin : begin + size]]
-
-    made: dict[int, Group] = {}
-    asked: list[tuple[list[int], Future[list[Judgement]]]] = []
-    for part, found in parts.generator.generate(chunks(), config.eval_sampling):
-        rows = [part * size + place for place in found]
-        made |= dict(zip(rows, found.values(), strict=True))
-        asked.append((rows, parts.judges.submit(list(found.values()), round_)))
-        parts.observer.progress("evaluate", len(made), len(heldout))
-    judged = {row: answer for rows, future in asked for row, answer in zip(rows, future.result(), strict=True)}
-    groups = [made[row] for row in range(len(heldout))]
-    judgements = [judged[row] for row in range(len(heldout))]
-    failures = [judgement.failure for judgement in judgements if judgement.failure]
-    remedy = f"Policy {version} has no evaluation yet: mend the judge and resume, the evaluation is made again"
-    check_failure_rate(failures, len(groups), config.judge.max_failure_rate, remedy)
-    table = evaluation_to_table(groups, judgements)
-    earlier = next((v for v in reversed(range(version)) if ledger.evaluation_summary(v) is not None), None)
-    summary = summarise(
-        table,
-        policy_version=version,
-        start=ledger.evaluation(0) if version else None,
-        previous=ledger.evaluation(earlier) if earlier is not None else None,
-        samples=config.eval.bootstrap_samples,
-        seed=stable_seed(config.run.seed, "bootstrap"),
-    )
-    summary |= {"attempt": ledger.attempt, "guards": _evaluation_findings(parts, version, table)}
-    ledger.write_evaluation(version, table, summary)
-    return summary
-
-
-def _evaluation_findings(parts: Parts, version: int, table: pa.Table) -> list[Finding]:
-    """What guards see in a policy's evaluation and in the row of the round that made it."""
-    config, ledger = parts.config, parts.ledger
-    accuracy = ledger.round_row(version).get("accuracy") if version else None
-    if accuracy is None or accuracy < config.guards.over_optimisation.min_accuracy:
-        return []
-    best = best_version(heldout_scores(ledger, version - 1))
-    other = ledger.evaluation(best) if best is not None else None
-    if best is None or other is None:
-        return []
-    comparison = compare(table, other, config.eval.bootstrap_samples, stable_seed(config.run.seed, "bootstrap"))
-    return evaluation_findings(config.guards, version, accuracy, best, comparison)

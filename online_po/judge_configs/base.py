@@ -115,6 +115,11 @@ class JudgeBase(Section):
         return False
 
     @property
+    def relative(self) -> bool:
+        """Whether scores say something only beside the others of the same prompt, made together with them."""
+        return self.pairwise
+
+    @property
     def holds_model(self) -> bool:
         """Whether its processes hold a model, and so want a GPU."""
         return False

@@ -68,6 +68,11 @@ class Ensemble(JudgeBase):
     )
 
     @property
+    def relative(self) -> bool:
+        own_scale = self.combine in ("weighted_mean", "minimum") and self.normalise == "none"
+        return not own_scale or any(member.judge.relative for member in self.members)
+
+    @property
     def holds_model(self) -> bool:
         return any(member.judge.holds_model for member in self.members)
 
