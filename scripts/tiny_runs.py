@@ -9,18 +9,22 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from actors import cluster
 from actors.generators import GeneratorGroup
 from actors.judges import JudgeGroup
+from actors.self_judges import SelfJudges
 from make_tiny_model import make_tiny_model
 from online_po.config import Config
+from online_po.judge_configs import self_judges
 from online_po.learner import TorchLearner
 from online_po.ledger import Ledger
 from online_po.loop import run_rounds
@@ -66,10 +70,10 @@ class Bench:
     judges: Any = None
 
     def config(self, name: str, *, reward: str = "letters", **changes: Any) -> Config:
-        """`SETTINGS` with changes (`section={...}`, merged into the section), and prompts that ask for a reward."""
+        """`SETTINGS` with changes (`section={...}`, merged into the section, or in its place if it says `kind`), and prompts that ask for a reward."""
         data = copy.deepcopy(SETTINGS)
         for section, values in changes.items():
-            merged = isinstance(values, dict) and isinstance(data.get(section), dict)
+            merged = isinstance(values, dict) and isinstance(data.get(section), dict) and "kind" not in values
             data[section] = {**data[section], **values} if merged else values
         data["run"] |= {"name": name, "dir": str(self.folder)}
         data["model"] = {"path": str(self.model)}
@@ -92,6 +96,22 @@ class Bench:
             run_rounds(self.parts(config, ledger, plan, observer or CompositeObserver([])))
         return ledger
 
+    @contextmanager
+    def judged_by(self, config: Config) -> Iterator[None]:
+        """For runs of this config inside the block: its own judge in place of the bench's."""
+        with ExitStack() as stack:
+            if self_judges(config.judge):
+                questions = stack.enter_context(ThreadPoolExecutor(1))
+                tokenizer = AutoTokenizer.from_pretrained(self.model)
+                judges: Any = SelfJudges(config, self.generator, self.model, tokenizer, questions)
+            else:
+                judges = JudgeGroup(config)
+            stack.callback(judges.close)
+            judges.ready(300.0)
+            stack.callback(setattr, self, "judges", self.judges)
+            self.judges = judges
+            yield
+
     def parts(self, config: Config, ledger: Ledger, plan: Any, observer: Observer) -> Parts:
         """The actors, and a new learner."""
         return Parts(
@@ -112,6 +132,7 @@ class Bench:
             train=plan.train,
             heldout=plan.heldout,
             start=plan.model_path,
+            known=plan.known,
             seed_pairs=plan.seed_pairs,
             encode=plan.encode,
         )
