@@ -49,7 +49,7 @@ class Judged:
     def require_few_failures(self, bound: float) -> None:
         """Raises JudgeFailureRateError if a larger share of the rows has no label."""
         failed = sum(self.failures.values())
-        if failed > bound * self.rows:
+        if failed / self.rows > bound:
             raise JudgeFailureRateError(
                 f"the judge failed on {failed} of {self.rows} rows, more than judge.max_failure_rate = {bound:g} "
                 f"allows; last message: {self.message!r}. Mend the judge and run this again: what was judged is kept"

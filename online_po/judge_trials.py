@@ -49,8 +49,8 @@ def known_pairs(config: JudgeBase) -> list[PairRow]:
     """The pairs that a judge is tried on: `judge.gold`, or those that come with the package where the judge is one of
     responses in general; else none.
 
-    Raises ConfigError, with line and field, for a file that is missing, empty, or holds what is no pair, or one of which
-    neither response is the better one.
+    Raises ConfigError, with line and field, for a file that is missing, empty, or holds what is no pair, or a pair of
+    which neither response is the better one.
     """
     if config.gold is None and not config.general:
         return []
@@ -138,7 +138,7 @@ def require_trial(config: JudgeBase, trial: Trial) -> None:
     """Raises ConfigError for a judge that is below the bounds of `judge.preflight`."""
     bounds, failed = config.preflight, sum(trial.failures.values())
     which = "the known pairs that come with the package" if config.gold is None else "judge.gold"
-    too_many = trial.accuracy < bounds.min_accuracy and failed > trial.pairs * config.max_failure_rate
+    too_many = trial.accuracy < bounds.min_accuracy and failed / trial.pairs > config.max_failure_rate
     if failed == trial.pairs or too_many:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in trial.failures.items())
         raise ConfigError(
@@ -184,16 +184,20 @@ def calibrate(parts: Parts, round_: int) -> None:
         # Asked anew: what is remembered is what it said before.
         answers = parts.judges.submit(trial_groups(parts.known), round_, occasion=f"calibration {round_}").result()
         trial = assess(parts.known, answers)
-        drop = first["accuracy"] - trial.accuracy
-        alarm = drop > config.calibration.max_drop
+        alarm = has_fallen(first["accuracy"], trial.accuracy, config.calibration.max_drop)
         ledger.write_judge_trial(round_, trial.as_dict() | {"alarm": alarm})
     parts.observer.message(f"judge after round {round_}: {describe(trial)}")
     if alarm:
         parts.observer.message(
-            f"ALARM: the judge's accuracy on judge.gold fell by {drop:.0%} since the run began, more than "
-            f"judge.calibration.max_drop = {config.calibration.max_drop:g}; see whether its model or endpoint "
-            "has changed"
+            f"ALARM: the judge's accuracy on judge.gold fell by {first['accuracy'] - trial.accuracy:.0%} since the run "
+            f"began, more than judge.calibration.max_drop = {config.calibration.max_drop:g}; see whether its model or "
+            "endpoint has changed"
         )
+
+
+def has_fallen(before: float, now: float, bound: float) -> bool:
+    """Whether an accuracy fell by more than `bound`; 0.8 to 0.7 is 0.1, whatever floats make of it."""
+    return before - now > bound + 1e-9
 
 
 def describe(trial: Trial) -> str:

@@ -82,7 +82,7 @@ def write(tmp_path: Path, data: object = BASE) -> Path:
         ),
         ("judge.preflight.gold=x", "judge.preflight.gold: unknown key; known here: min_accuracy, min_consistency"),
         (
-            "judge={kind: ensemble, members: [{kind: rules}, {kind: ensemble, members: [{kind: rules}, {kind: rules}]}]}",
+            "judge={kind: ensemble, members: [{kind: rules}, {kind: ensemble, members: []}]}",
             "^judge.members.1.kind is 'ensemble', but no ensemble is a member of another; list[^\n]*$",
         ),
         ("judge={kind: ensemble, members: [{kind: rules}, {weight: 2}]}", "^judge.members.1.kind: required[^\n]*$"),

@@ -17,6 +17,7 @@ from online_po.judge_trials import (
     assess,
     better,
     describe,
+    has_fallen,
     known_pairs,
     require_trial,
     trial_groups,
@@ -156,6 +157,10 @@ def test_the_bounds_of_calibration_are_checked_at_parse_time(tmp_path):
         Config.parse(config | {"judge": {"calibration": {"every": 2}}})
     with pytest.raises(ConfigError, match=r"judge.calibration.max_drop has an effect only with"):
         Config.parse(config | {"judge": {"gold": "g", "calibration": {"max_drop": 0.2}}})
+
+
+def test_a_fall_by_the_bound_itself_is_no_alarm():
+    assert not has_fallen(0.8, 0.7, 0.1) and has_fallen(0.8, 0.69, 0.1) and not has_fallen(0.5, 1.0, 0.1)
 
 
 class DriftingJudge(FakeJudge):

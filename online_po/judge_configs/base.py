@@ -69,7 +69,8 @@ class LengthConfig(Section):
 
 
 class JudgeBase(Section):
-    """What every judge has. Fields of `RUN_FIELDS` are the run's: the members of an ensemble cannot have them."""
+    """What every judge has. All but `kind`, `timeout_s` and `concurrency` are the run's: members of an ensemble cannot
+    have them."""
 
     RUN_FIELDS: ClassVar[frozenset[str]] = frozenset(
         {"workers", "max_failure_rate", "bradley_terry_scale", "gold", "preflight", "calibration", "budget", "length"}
@@ -165,8 +166,8 @@ class JudgeBase(Section):
                 )
         if self.preflight != PreflightConfig() and self.gold is None and not self.general:  # type: ignore[call-arg]
             raise ValueError(
-                f"judge.preflight has no effect: judge.kind: {self.kind} judges what a run's own prompts ask for, and is "
-                "tried on judge.gold only; give judge.gold, or drop it"
+                f"judge.preflight has no effect: judge.kind: {self.kind} judges what a run's own prompts ask for, and "
+                "is tried on judge.gold only; give judge.gold, or drop it"
             )
         if self.preflight.min_consistency and not self.both_orders:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -62,6 +63,7 @@ def test_a_failure_is_no_label_and_too_many_are_an_error(source):
     assert rows[2]["failure"] == {"kind": "error", "message": "response 1: ValueError: f"}
     assert judged.failures == {"error": 1}
     judged.require_few_failures(0.25)
+    replace(judged, rows=100, failures={"error": 29}).require_few_failures(0.29)
     with pytest.raises(JudgeFailureRateError, match=r"failed on 1 of 4 rows, more than judge.max_failure_rate = 0.2"):
         judged.require_few_failures(0.2)
 
