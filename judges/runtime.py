@@ -192,6 +192,14 @@ def shown(judge: Judge, config: JudgeBase, group: Group) -> str | None:
     return judge.shown(Question(prompt=group.prompt, responses=group.responses[: 2 if config.pairwise else 1]))
 
 
+async def _cancel_others() -> None:
+    """Ends all that goes on in this event loop: tasks that are dropped would complain on the screen."""
+    if others := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in others:
+            task.cancel()
+        await asyncio.wait(others, timeout=10)
+
+
 class LocalJudgePool:
     """A `protocols.JudgePool` in a thread of this process, without Ray. cache: the judge cache; None: no memory.
     policy: gives judges that are the policy what they ask."""
@@ -218,6 +226,7 @@ class LocalJudgePool:
 
     def close(self) -> None:
         """Ends the thread; what is still being judged is left without an answer."""
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

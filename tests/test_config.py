@@ -63,6 +63,10 @@ def write(tmp_path: Path, data: object = BASE) -> Path:
             "judge.prompt_price and judge.response_price must be given .* not both be 0",
         ),
         (
+            "judge.kind=llm_score judge.model=m judge.prompt_price=1 judge.response_price=10 judge.budget.money=0.005",
+            "judge.budget.money is 0.005, less than the 0.00512 that one answer of judge.max_tokens = 512 may cost",
+        ),
+        (
             "judge.kind=llm_score judge.model=m judge.budget.calls=5 judge.budget.calls_per_round=6",
             "judge.budget.calls_per_round is 6, above judge.budget.calls = 5",
         ),

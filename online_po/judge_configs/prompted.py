@@ -123,6 +123,14 @@ class Endpoint(Prompted):
                 "judge.budget counts money, so judge.prompt_price and judge.response_price must be given (of a million "
                 "tokens each), and not both be 0; or count calls instead"
             )
+        answer = self.max_tokens * (self.response_price or 0.0) / 1e6
+        for name in ("money", "money_per_round"):
+            money = getattr(self.budget, name)
+            if money is not None and money < answer:
+                raise ValueError(
+                    f"judge.budget.{name} is {money:g}, less than the {answer:g} that one answer of judge.max_tokens = "
+                    f"{self.max_tokens} may cost, so nothing could be asked; raise it"
+                )
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import json
 import math
@@ -12,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
+from judges.runtime import LocalJudgePool
 from judges.standalone import judge_file
 from online_po.config import read_judge
-from online_po.errors import ConfigError, JudgeFailureRateError, LedgerError
+from online_po.errors import BudgetError, ConfigError, JudgeFailureRateError, LedgerError
 from online_po.judge_configs import Ensemble, LlmPairwise, Python, Rules
+from online_po.judge_configs.base import BudgetConfig
 from tests.judges import groups
 
 HERE = groups.__name__
@@ -143,6 +146,29 @@ def test_the_section_is_read_from_any_config(tmp_path):
     path.write_text("judge: {kind: pyton}\n")
     with pytest.raises(ConfigError, match=r"judge.kind is 'pyton', which is no judge; did you mean 'python'"):
         read_judge(path)
+
+
+async def never(prompt, response, metadata):
+    await asyncio.sleep(1000)
+
+
+def test_what_is_still_being_judged_when_it_ends_is_told_so():
+    pool = LocalJudgePool(Python(function=f"{__name__}:never"))
+    future = pool.submit([groups.make_group("a", "b")])
+    with pytest.raises(TimeoutError):
+        future.result(0.2)
+    pool.close()
+    assert future.cancelled(), "not left waiting for ever"
+
+
+def test_a_spent_budget_ends_it_and_a_higher_one_goes_on(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    config = Python(function=f"{HERE}:noted", budget={"calls": 3})
+    with pytest.raises(BudgetError, match=r"judge.budget.calls = 3 is spent"):
+        judge(config, source)
+    assert (tmp_path / "calls").read_text().count("\n") == 3 and not source.with_name("out.jsonl").exists()
+    judge(config.model_copy(update={"budget": BudgetConfig(calls=8)}), source)
+    assert (tmp_path / "calls").read_text().count("\n") == 8
 
 
 def test_a_cache_has_one_writer_at_a_time(source):
