@@ -211,7 +211,11 @@ class LocalJudgePool:
             prepare(self._cache)
             self._store = JudgeStore(self._cache)
         self._config = config
-        self._judge = build_judge(config, Asker(config, self._store), policy=policy)
+        try:
+            self._judge = build_judge(config, Asker(config, self._store), policy=policy)
+        except BaseException:
+            self._close_store()
+            raise
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judges", daemon=True)
         self._thread.start()
@@ -230,6 +234,9 @@ class LocalJudgePool:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._close_store()
+
+    def _close_store(self) -> None:
         if self._store is not None and self._cache is not None:
             self._store.close()
             release(self._cache)

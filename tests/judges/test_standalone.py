@@ -17,7 +17,7 @@ from judges.runtime import LocalJudgePool
 from judges.standalone import judge_file
 from online_po.config import read_judge
 from online_po.errors import BudgetError, ConfigError, JudgeFailureRateError, LedgerError
-from online_po.judge_configs import Ensemble, LlmPairwise, Python, Rules
+from online_po.judge_configs import Ensemble, LlmPairwise, Python, Rules, SelfScore
 from online_po.judge_configs.base import BudgetConfig
 from tests.judges import groups
 
@@ -169,6 +169,13 @@ def test_a_spent_budget_ends_it_and_a_higher_one_goes_on(source, tmp_path, monke
     assert (tmp_path / "calls").read_text().count("\n") == 3 and not source.with_name("out.jsonl").exists()
     judge(config.model_copy(update={"budget": BudgetConfig(calls=8)}), source)
     assert (tmp_path / "calls").read_text().count("\n") == 8
+
+
+def test_a_judge_that_only_a_run_has(source):
+    with pytest.raises(ConfigError, match=r"judge.kind is self_score, the run's own policy, which only a run has"):
+        judge(SelfScore(), source)
+    left = sorted(path.name for path in source.parent.iterdir())
+    assert left == ["cache.sqlite", "cache.sqlite.lock", "in.jsonl"], "the cache is closed: one plain file"
 
 
 def test_a_cache_has_one_writer_at_a_time(source):
