@@ -202,6 +202,14 @@ def shown(judge: Judge, config: JudgeBase, group: Group) -> str | None:
     return judge.shown(Question(prompt=group.prompt, responses=group.responses[: 2 if config.pairwise else 1]))
 
 
+async def _cancel_others() -> None:
+    """Ends all that goes on in this event loop: tasks that are dropped would complain on the screen."""
+    if others := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in others:
+            task.cancel()
+        await asyncio.wait(others, timeout=10)
+
+
 class LocalJudgePool:
     """A `protocols.JudgePool` in a thread of this process, without Ray. cache: the judge cache; None: no memory.
     policy: gives judges that are the policy what they ask."""
@@ -213,7 +221,11 @@ class LocalJudgePool:
             prepare(self._cache)
             self._store = JudgeStore(self._cache)
         self._config = config
-        self._judge = build_judge(config, Asker(config, self._store), policy=policy)
+        try:
+            self._judge = build_judge(config, Asker(config, self._store), policy=policy)
+        except BaseException:
+            self._close_store()
+            raise
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judges", daemon=True)
         self._thread.start()
@@ -228,10 +240,17 @@ class LocalJudgePool:
 
     def close(self) -> None:
         """Ends the thread; what is still being judged is left without an answer."""
-        asyncio.run_coroutine_threadsafe(close_judge(self._judge), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._close_store()
+
+    async def _end(self) -> None:
+        await _cancel_others()
+        await close_judge(self._judge)
+
+    def _close_store(self) -> None:
         if self._store is not None and self._cache is not None:
             self._store.close()
             release(self._cache)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from judges.rules import validate_constraints
 from judges.runtime import LocalJudgePool, check_judge
 from online_po import files
 from online_po.errors import ConfigError, JudgeFailureRateError, LedgerError
-from online_po.judge_configs import Ensemble, JudgeBase, Rules
+from online_po.judge_configs import Ensemble, JudgeBase, Rules, single_judges
 from online_po.judge_trials import text_response
 from online_po.ledger import Ledger
-from online_po.prompt_files import open_file
+from online_po.prompt_files import Source, open_file, plain_cells
 from online_po.prompts import require_text, to_messages
 from online_po.seed_pairs import PLAIN, read_pair
 from online_po.seeds import stable_id
@@ -30,6 +30,8 @@ from online_po.types import Group, Judgement, Prompt
 WAITING = 256
 """So many rows are with the judge at a time."""
 RESPONSES = ("responses", "response", "chosen")
+SAID = ("scores", "rationales", "comparisons", "failure")
+"""Columns of what was said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Judged:
     def require_few_failures(self, bound: float) -> None:
         """Raises JudgeFailureRateError if a larger share of the rows has no label."""
         failed = sum(self.failures.values())
-        if failed > bound * self.rows:
+        if failed / self.rows > bound:
             raise JudgeFailureRateError(
                 f"the judge failed on {failed} of {self.rows} rows, more than judge.max_failure_rate = {bound:g} "
                 f"allows; last message: {self.message!r}. Mend the judge and run this again: what was judged is kept"
@@ -60,27 +62,39 @@ def judge_file(
     """Judges each row of a .jsonl, .parquet or .csv file, and writes the rows with what was said to a .jsonl file.
 
     A row has `prompt` and one of `responses` (a list of texts), `response`, or `chosen` and `rejected`; further columns
-    are the metadata that the judge reads. It comes back with `scores` (one a response, in order), `rationales` and
-    `comparisons` where the judge gives them, or with `failure`. Answers are kept in `cache`: what was judged is not
-    asked again, in another call either.
+    are the metadata that the judge reads. It comes back with `scores` (one a response, in order; null where there is no
+    label), `rationales` and `comparisons` where the judge gives them, or `failure`; columns of these names that it had,
+    of an earlier call say, are left out before it is judged. Answers are kept in `cache`: what was judged is not asked
+    again, in another call either.
 
     Raises ConfigError for a judge or a row that cannot be used, before anything is asked; BudgetError when
     `judge.budget` is spent.
     """
     if out.suffix != ".jsonl":
         raise ConfigError(f"the file to write is {str(out)!r}; let its name end in .jsonl")
+    if out.resolve() == source.resolve():
+        raise ConfigError(f"the file to write is {str(out)!r}, the one to judge; choose another name")
     check_judge(config)
-    opened = open_file("the file to judge", str(source), "prompt")
+    opened, rows = _open(source), 0
     for place, cells in opened.rows:
         group = read_group(config, cells, f"{opened.label}, {place}")
-        if isinstance(config, Rules):
+        if any(isinstance(single, Rules) for single in single_judges(config)):
             _require_constraints(group, f"{opened.label}, {place}")
+        rows += 1
+    if not rows:
+        raise ConfigError(f"{opened.label} holds no rows; give rows with prompt and responses")
     with _locked(cache):
         pool = LocalJudgePool(config, cache)
         try:
             return _judge_all(pool, config, source, out, on_progress)
         finally:
             pool.close()
+
+
+def _open(source: Path) -> Source:
+    opened = open_file("the file to judge", str(source), None, texts=("prompt", "rejected", *RESPONSES[1:]))
+    rows = ((place, {key: value for key, value in cells.items() if key not in SAID}) for place, cells in opened.rows)
+    return replace(opened, rows=((place, plain_cells(cells, f"{opened.label}, {place}")) for place, cells in rows))
 
 
 @contextmanager
@@ -101,8 +115,10 @@ def _locked(cache: Path) -> Iterator[None]:
 
 def read_group(config: JudgeBase, cells: dict[str, Any], where: str) -> Group:
     """A row as a group of texts. Raises ConfigError, naming `where` and the field."""
-    named = next((name for name in RESPONSES if cells.get(name) is not None), None)
-    match named:
+    named = [name for name in RESPONSES if cells.get(name) is not None]
+    if len(named) > 1:
+        raise ConfigError(f"{where} has {' and '.join(map(repr, named))}; keep the one that is to be judged")
+    match next(iter(named), None):
         case "responses":
             texts = cells["responses"]
             if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
@@ -119,8 +135,8 @@ def read_group(config: JudgeBase, cells: dict[str, Any], where: str) -> Group:
     if len(texts) < 2 and _compares(config):
         raise ConfigError(f"{where} has one response, but judge.kind: {config.kind} compares; give two or more")
     messages = to_messages(cells.get("prompt"), PLAIN, where)
-    if not messages:
-        raise ConfigError(f"{where} has no 'prompt'; every row needs one")
+    if not messages or not messages[-1]["content"].strip():
+        raise ConfigError(f"{where} has no 'prompt', or an empty one; every row needs one")
     require_text([messages, texts], where)
     metadata = {key: value for key, value in cells.items() if key not in ("prompt", "rejected", *RESPONSES)}
     prompt = Prompt(
@@ -149,7 +165,7 @@ def _judge_all(
     out: Path,
     on_progress: Callable[[int, int], None] | None,
 ) -> Judged:
-    opened = open_file("the file to judge", str(source), "prompt")
+    opened = _open(source)
     failures: Counter[str] = Counter()
     message, done, points, pairs = None, 0, 0.0, 0
     with files.atomic(out) as path, path.open("w", encoding="utf-8") as lines:
@@ -159,7 +175,7 @@ def _judge_all(
             if judgement.failure is not None:
                 failures[judgement.failure.kind] += 1
                 message = judgement.failure.message
-            elif judgement.scores is not None and cells.get("responses") is None and cells.get("chosen") is not None:
+            elif judgement.scores is not None and cells.get("chosen") is not None:
                 chosen, rejected = judgement.scores
                 pairs += 1
                 points += 0.5 if chosen == rejected else float(chosen > rejected)

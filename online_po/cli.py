@@ -150,7 +150,7 @@ def pairs(
     from online_po.rebuild import rebuild
 
     made = rebuild(Ledger.open(run), out, changes or [], round_)
-    typer.echo(f"{sum(made.values())} of {len(made)} rounds: {out}")
+    typer.echo(f"{sum(made.values())} rows of {len(made)} rounds: {out}")
 
 
 def _run(start: Callable[[list[Observer], Callable[[Plan], None]], RunResult]) -> None:

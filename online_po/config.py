@@ -304,7 +304,7 @@ class Config(Section):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise ConfigError("\n".join(_explain(item) for item in error.errors())) from error
+            raise ConfigError(_explain_all(error)) from error
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -322,7 +322,7 @@ def read_judge(path: str | Path, overrides: Sequence[str] = ()) -> JudgeBase:
     try:
         return _JudgeAlone.model_validate({"judge": data["judge"]}).judge
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from error
+        raise ConfigError(_explain_all(error)) from error
 
 
 def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -340,14 +340,19 @@ def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     return data
 
 
+def _explain_all(error: ValidationError) -> str:
+    """Every fault, one a line."""
+    items = error.errors()
+    # A list of which an entry is at fault counts as too short as well.
+    places = {item["loc"][: len(item["loc"]) - cut] for item in items for cut in range(1, len(item["loc"]))}
+    return "\n".join(_explain(item) for item in items if item["type"] != "too_short" or item["loc"] not in places)
+
+
 def _explain(item: Any) -> str:
     """One pydantic error as one line: the field, the value, what to do."""
     location = [str(part) for part in item["loc"] if not str(part).startswith(("tuple[", "literal["))]
-    if item["type"] == "union_tag_invalid" and location[:1] == ["judge"]:
-        tag = item["ctx"]["tag"]
-        near = difflib.get_close_matches(tag, JUDGE_BY_KIND, 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(JUDGE_BY_KIND)}"
-        return f"{'.'.join(location)}.kind is {tag!r}, which is no judge; {hint}"
+    if item["type"].startswith("union_tag") and location[:1] == ["judge"]:
+        return _explain_kind(".".join(_as_written(location)), item)
     if item["type"] == "union_tag_invalid":
         tag = item["ctx"]["tag"]
         near = [*filter(None, [OTHER_NAMES.get(tag.lower())])] or difflib.get_close_matches(tag, LOSS_BY_NAME, 1, 0.5)
@@ -357,22 +362,47 @@ def _explain(item: Any) -> str:
     if location[:1] == ["loss"]:
         location = [location[0], *location[3:]]  # without its place in a list and its name
     if location[:1] == ["judge"]:
-        location = [part for part in location if part not in JUDGE_BY_KIND]
+        of_kind = location[-2:-1] and location[-2] in JUDGE_BY_KIND
+        location = _as_written(location)
     where = ".".join(location)
     if item["type"] == "extra_forbidden":
-        if location[:1] == ["judge"] and (kinds := _kinds_with(location[-1])):
+        if location[:1] == ["judge"] and of_kind and (kinds := _kinds_with(location[-1])):
             return f"{where} is for judge.kind: {' and '.join(kinds)}; drop it, or set the kind"
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{where}: required, but not given"
+    if item["type"] == "too_short":
+        return f"{where}: {item['ctx']['min_length']} or more are needed, but there is {item['ctx']['actual_length']}"
+    if item["type"] == "tuple_type":
+        return f"{where} is {item['input']!r}, but it is a list; write it as one"
     if item["type"] in ("model_type", "model_attributes_type"):
         return f"{where} is {item['input']!r}, but it is a section; give keys below it, or leave it out"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
-        return message if where == "" or where.split(".")[0] in message else f"{where}: {message}"
+        named = where.split(".")[0] in message and ".members." not in where
+        return message if where == "" or named else f"{where}: {message}"
     return f"{where}: {message[0].lower()}{message[1:]} (got {item['input']!r})"
+
+
+def _explain_kind(where: str, item: Any) -> str:
+    """A judge of a kind that is none, or, of an ensemble's member, without a kind."""
+    member = ".members." in where
+    kinds = [kind for kind in JUDGE_BY_KIND if not (member and kind == "ensemble")]
+    if item["type"] == "union_tag_not_found":
+        return f"{where}.kind: required, but not given; there are {', '.join(kinds)}"
+    tag = item["ctx"]["tag"]
+    if tag in JUDGE_BY_KIND:
+        return f"{where}.kind is {tag!r}, but no ensemble is a member of another; list its members one by one"
+    near = difflib.get_close_matches(tag, kinds, 1, 0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(kinds)}"
+    return f"{where}.kind is {tag!r}, which is no judge; {hint}"
+
+
+def _as_written(location: list[str]) -> list[str]:
+    """A place in section `judge` without kinds, and without a member's own key `judge`, which a person leaves out."""
+    return ["judge", *(part for part in location[1:] if part not in JUDGE_BY_KIND and part != "judge")]
 
 
 def _kinds_with(key: str) -> list[str]:
@@ -385,7 +415,9 @@ def _keys_at(location: list[str]) -> list[str]:
     model: type[BaseModel] = Config
     if location[:1] == ["judge"]:
         kind = max(place for place, part in enumerate(location) if part in JUDGE_BY_KIND)
-        model, location = JUDGE_BY_KIND[location[kind]], location[kind + 1 :]
+        member, model, location = kind > 1, JUDGE_BY_KIND[location[kind]], location[kind + 1 :]
+        if member and not location:
+            return ["weight", "min_gap", *(name for name in model.model_fields if name not in JudgeBase.RUN_FIELDS)]
         if location[:1] == ["members"]:
             return list(Member.model_fields)
     for part in location:

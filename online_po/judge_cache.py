@@ -15,6 +15,8 @@ import numpy as np
 
 from online_po.errors import LedgerError
 
+CACHE = "judge_cache.sqlite"
+"""Its name in a run folder."""
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x6F704A43  # "opJC": tells our files from other people's
 BUSY_TIMEOUT_S = 60.0
@@ -119,8 +121,10 @@ def explain(error: sqlite3.Error, path: Path) -> LedgerError:
     )
 
 
-def judge_statistics(path: Path, round_: int) -> dict[str, Any]:
-    """What judging cost in one round, its evaluation included; {} where there is no judge cache.
+def judge_statistics(path: Path, round_: int | None) -> dict[str, Any]:
+    """What judging cost in one round, its evaluation included, or in all (None); {} where there is no judge cache.
+
+    Round 0 is what came before the first one; what came after the last one is the round's after it.
 
     calls: attempts, failed ones and those a killed process left included; retries: those of them that asked again;
     hits: questions answered by the cache; prompt_tokens, response_tokens, cost; cut: answers on texts that were longer
@@ -129,28 +133,27 @@ def judge_statistics(path: Path, round_: int) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
+    where, values = ("TRUE", ()) if round_ is None else ("round = ?", (round_,))
     try:
         with closing(connect(path)) as connection:
             calls, retries, prompt, response, cost, cut = connection.execute(
                 "SELECT count(*), coalesce(sum(attempt > 1), 0), coalesce(sum(prompt_tokens), 0),"
                 " coalesce(sum(response_tokens), 0), coalesce(sum(cost), 0.0), coalesce(sum(cut), 0)"
-                " FROM calls WHERE round = ?",
-                (round_,),
+                f" FROM calls WHERE {where}",
+                values,
             ).fetchone()
             failures = connection.execute(
-                "SELECT outcome, count(*) FROM calls WHERE round = ? AND outcome NOT IN ('ok', 'open')"
+                f"SELECT outcome, count(*) FROM calls WHERE {where} AND outcome NOT IN ('ok', 'open')"
                 " GROUP BY outcome ORDER BY outcome",
-                (round_,),
+                values,
             ).fetchall()
             seconds = np.fromiter(
                 (row[0] for row in connection.execute(
-                    "SELECT seconds FROM calls WHERE round = ? AND outcome = 'ok'", (round_,)
+                    f"SELECT seconds FROM calls WHERE {where} AND outcome = 'ok'", values
                 )),
                 dtype=np.float64,
             )  # fmt: skip
-            (hits,) = connection.execute(
-                "SELECT coalesce(sum(count), 0) FROM hits WHERE round = ?", (round_,)
-            ).fetchone()
+            (hits,) = connection.execute(f"SELECT coalesce(sum(count), 0) FROM hits WHERE {where}", values).fetchone()
     except sqlite3.Error as error:
         raise explain(error, path) from error
     percentiles = {f"latency_p{p}": float(np.percentile(seconds, p)) if len(seconds) else None for p in (50, 90, 99)}

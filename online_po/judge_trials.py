@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from online_po.errors import ConfigError
-from online_po.judge_configs import Ensemble, JudgeBase
+from online_po.judge_configs import JudgeBase
 from online_po.ledger import Ledger
 from online_po.parts import Parts
-from online_po.prompt_files import open_file
+from online_po.prompt_files import open_file, plain_cells
 from online_po.protocols import JudgePool, Observer
-from online_po.seed_pairs import PairRow, read_pair
+from online_po.seed_pairs import FIELDS, PairRow, read_pair
 from online_po.seeds import stable_id
 from online_po.types import Group, Judgement, Prompt, Response
 
@@ -49,23 +49,33 @@ def known_pairs(config: JudgeBase) -> list[PairRow]:
     """The pairs that a judge is tried on: `judge.gold`, or those that come with the package where the judge is one of
     responses in general; else none.
 
-    Raises ConfigError, with line and field, for a file that is missing, empty, or holds what is no pair.
+    Raises ConfigError, with line and field, for a file that is missing, empty, or holds what is no pair, or a pair of
+    which neither response is the better one.
     """
-    if config.gold is None and not is_general(config):
+    if config.gold is None and not config.general:
         return []
     path = str(KNOWN_PAIRS) if config.gold is None else config.gold
     label = f"judge.gold {path!r}"
-    rows = [read_pair(cells, f"{label}, {place}") for place, cells in open_file("judge.gold", path, "prompt").rows]
+    opened = open_file("judge.gold", path, None, texts=FIELDS)
+    rows = [read_pair(plain_cells(cells, f"{label}, {place}"), f"{label}, {place}") for place, cells in opened.rows]
     if not rows:
         raise ConfigError(f"{label} holds no pairs; give rows with prompt, chosen and rejected")
+    _require_one_better(rows)
     return rows
 
 
-def is_general(config: JudgeBase) -> bool:
-    """Whether a judge is one of responses in general, and not of what a run's own prompts ask for."""
-    if isinstance(config, Ensemble):
-        return all(is_general(member.judge) for member in config.members)
-    return config.general
+def _require_one_better(rows: Sequence[PairRow]) -> None:
+    """Raises ConfigError for pairs that no judge can get right: neither response is better, or the file says of both
+    that they are."""
+    places: dict[tuple[str, str, str], str] = {}
+    for row in rows:
+        if row.chosen == row.rejected or (row.scores is not None and row.scores[0] == row.scores[1]):
+            what = "the same text" if row.chosen == row.rejected else "of the same score"
+            raise ConfigError(f"{row.where}: 'chosen' and 'rejected' are {what}, so neither is better; remove the row")
+        asked = stable_id([row.messages, row.metadata])
+        if (other := places.get((asked, row.rejected, row.chosen))) is not None:
+            raise ConfigError(f"{row.where}: 'chosen' and 'rejected' stand the other way round in {other}; remove one")
+        places[asked, row.chosen, row.rejected] = row.where
 
 
 def trial_groups(pairs: Sequence[PairRow]) -> list[Group]:
@@ -107,7 +117,7 @@ def assess(pairs: Sequence[PairRow], judgements: Sequence[Judgement]) -> Trial:
             continue
         assert judgement.scores is not None
         good, bad = judgement.scores[better(place)], judgement.scores[1 - better(place)]
-        consistent += [comparison.consistent for comparison in judgement.comparisons or ()]
+        consistent += [c.consistent for c in judgement.comparisons or () if c.consistent is not None]
         ties += good == bad
         points += 0.5 if good == bad else float(good > bad)
         if good != bad and len(pair.chosen) != len(pair.rejected):
@@ -128,7 +138,8 @@ def require_trial(config: JudgeBase, trial: Trial) -> None:
     """Raises ConfigError for a judge that is below the bounds of `judge.preflight`."""
     bounds, failed = config.preflight, sum(trial.failures.values())
     which = "the known pairs that come with the package" if config.gold is None else "judge.gold"
-    if trial.accuracy < bounds.min_accuracy and failed > trial.pairs * config.max_failure_rate:
+    too_many = trial.accuracy < bounds.min_accuracy and failed / trial.pairs > config.max_failure_rate
+    if failed == trial.pairs or too_many:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in trial.failures.items())
         raise ConfigError(
             f"the judge failed on {failed} of {trial.pairs} pairs of {which} ({kinds}); last message: "
@@ -173,16 +184,20 @@ def calibrate(parts: Parts, round_: int) -> None:
         # Asked anew: what is remembered is what it said before.
         answers = parts.judges.submit(trial_groups(parts.known), round_, occasion=f"calibration {round_}").result()
         trial = assess(parts.known, answers)
-        drop = first["accuracy"] - trial.accuracy
-        alarm = drop > config.calibration.max_drop
+        alarm = has_fallen(first["accuracy"], trial.accuracy, config.calibration.max_drop)
         ledger.write_judge_trial(round_, trial.as_dict() | {"alarm": alarm})
     parts.observer.message(f"judge after round {round_}: {describe(trial)}")
     if alarm:
         parts.observer.message(
-            f"ALARM: the judge's accuracy on judge.gold fell by {drop:.0%} since the run began, more than "
-            f"judge.calibration.max_drop = {config.calibration.max_drop:g}; see whether its model or endpoint "
-            "has changed"
+            f"ALARM: the judge's accuracy on judge.gold fell by {first['accuracy'] - trial.accuracy:.0%} since the run "
+            f"began, more than judge.calibration.max_drop = {config.calibration.max_drop:g}; see whether its model or "
+            "endpoint has changed"
         )
+
+
+def has_fallen(before: float, now: float, bound: float) -> bool:
+    """Whether an accuracy fell by more than `bound`; 0.8 to 0.7 is 0.1, whatever floats make of it."""
+    return before - now > bound + 1e-9
 
 
 def describe(trial: Trial) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from online_po.judge_cache import CACHE, judge_statistics
 from online_po.run_view import RunView, number
 
 COLUMNS = (
@@ -45,7 +46,7 @@ def table(view: RunView) -> dict[str, Any]:
 
 
 def notes(view: RunView) -> list[str]:
-    """Sentences: the preflight, alarms, what was taken out of the scores."""
+    """Sentences: the preflight, what all calls took, alarms, what was taken out of the scores."""
     judge, found = view.config["judge"], []
     trials = {r.number: r.judge_trial for r in view.rounds if r.judge_trial is not None}
     if first := trials.get(0):
@@ -55,7 +56,15 @@ def notes(view: RunView) -> list[str]:
             said += f", and said the same in both orders of {first['consistency']:.0%}"
         if first["longer"] is not None:
             said += f"; it took the longer response in {first['longer']:.0%} of its decisions"
+        if first["failures"]:
+            said += f"; {sum(first['failures'].values())} it could not judge"
         found.append(said + ".")
+    if took := judge_statistics(view.folder / CACHE, None):
+        cost = f" for {took['cost']:,.4g}" if took["cost"] else ""
+        found.append(
+            f"In all, {took['calls']:,} calls went out{cost}: those of the rounds below, and those that tried the "
+            "judge or evaluated the last policy."
+        )
     for round_, trial in trials.items():
         if trial.get("alarm"):
             found.append(f"ALARM after round {round_}: {trial['accuracy']:.0%} of the known pairs right.")

@@ -143,7 +143,7 @@ def counted(kinds: Counter[str]) -> str:
 
 def check_failure_rate(failures: Sequence[JudgeFailure], groups: int, bound: float, remedy: str) -> None:
     """Raises JudgeFailureRateError where a larger share than `bound` of the groups has no judgement."""
-    if len(failures) > bound * groups:
+    if groups and len(failures) / groups > bound:  # not `bound * groups`: 0.29 * 100 is below 29
         reasons = counted(Counter(failure.kind for failure in failures))
         raise JudgeFailureRateError(
             f"the judge failed on {len(failures)} of {groups} groups ({reasons}), more than judge.max_failure_rate = "

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from online_po import files
 from online_po.config import Config
 from online_po.errors import ConfigError, LedgerError
+from online_po.judge_cache import CACHE
 from online_po.pieces import ExampleKind, Pieces
 from online_po.types import Policy, Probe, Reference
 
@@ -90,7 +91,7 @@ class Ledger(Pieces):
     @property
     def judge_cache(self) -> Path:
         """What judges were asked and answered (`online_po.judge_cache`); there if the judge remembers."""
-        return self.root / "judge_cache.sqlite"
+        return self.root / CACHE
 
     def config(self) -> Config:
         return Config.from_yaml(self.root / "config.yaml")

@@ -46,7 +46,7 @@ class SampleStats:
         self._truncated = 0
         self._scores = array("d")  # of judged responses
         self._judged = array("b")  # 1 where a group was judged, else 0
-        self._compared = self._consistent = 0  # pairs of responses, where the judge compares them
+        self._compared = self._consistent = 0  # pairs of responses that were compared in both orders
         # A max-heap (by negated hash) of the groups with the smallest hashes: a uniform sample of prompts.
         self._sample: list[tuple[int, int, list[tuple[int, ...]]]] = []
 
@@ -60,8 +60,8 @@ class SampleStats:
         if judgement.scores is not None:
             self._scores.extend(judgement.scores)
         for comparison in judgement.comparisons or ():
-            self._compared += 1
-            self._consistent += comparison.consistent
+            self._compared += comparison.consistent is not None
+            self._consistent += bool(comparison.consistent)
         self._keep_sample(group.prompt.id, responses)
 
     def _keep_sample(self, prompt_id: str, responses: Sequence[Response]) -> None:
@@ -82,7 +82,7 @@ class SampleStats:
         length_mean/p10/p90 in tokens; truncated_share: share of responses cut at the length limit;
         length_score_correlation: Pearson correlation of length and score after each group's own mean is
         taken off both, so that long-answer prompts do not count as length preference;
-        order_consistency: share of compared pairs on which both orders said the same, for judges that compare;
+        order_consistency: share of the pairs compared in both orders on which both said the same; not without such;
         distinct_1/2 and self_bleu on the diversity sample, see `distinct_n` and `self_bleu`;
         score_histogram, length_histogram: see `histogram`.
         """

@@ -5,6 +5,7 @@ Reads the config, the tokenizer, the model's config.json and the prompts; starts
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -80,17 +81,18 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
     tokenizer = load_tokenizer(model_path, config.model.path)
     check_judge_fits(config.judge, tokenizer)
     train, heldout = load_prompts(config.prompts, tokenizer, config.run.seed, on_progress)
+    known = known_pairs(config.judge)
     if reads_constraints(config.judge):
         from judges.rules import validate_constraints
 
-        for prompts in filter(None, (train, heldout)):
-            for prompt in prompts:
-                try:
-                    validate_constraints(prompt.metadata)
-                except ConfigError as error:
-                    raise ConfigError(f"prompt {prompt.messages[-1]['content'][:60]!r}: {error}") from error
+        prompts = itertools.chain(train, heldout or ())
+        rows = ((f"prompt {prompt.messages[-1]['content'][:60]!r}", prompt.metadata) for prompt in prompts)
+        for where, metadata in itertools.chain(rows, ((pair.where, pair.metadata) for pair in known)):
+            try:
+                validate_constraints(metadata)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from error
     check_prompt_columns(config, train)
-    known = known_pairs(config.judge)
     encode, seed_pairs = _given(config, tokenizer, heldout, shape)
     if config.loop.prompts_per_round > len(train):
         raise ConfigError(

@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,16 @@ class Source:
     """(place for error messages, the row), in file order. Raises ConfigError for a row that is no JSON."""
 
 
-def open_file(field: str, path: str, column: str | None) -> Source:
+def open_file(field: str, path: str, column: str | None, texts: Sequence[str] = ()) -> Source:
     """Opens a .jsonl, .parquet or .csv file named by the setting `field`.
 
-    Raises ConfigError if it is missing, of another kind, unreadable, or has no column `column` (None: any will do).
+    `texts`: columns of a .csv file that are text whatever they look like, besides `column`. Raises ConfigError if it is
+    missing, of another kind, unreadable, or has no column `column` (None: any will do).
     """
     label, file = f"{field} {path!r}", Path(path)
     if file.is_dir():
-        raise ConfigError(f"{label} is a folder; give one file, or name the folder in prompts.dataset")
+        hint = ", or name the folder in prompts.dataset" if field == "prompts.path" else ""
+        raise ConfigError(f"{label} is a folder; give one .jsonl, .parquet or .csv file{hint}")
     if not file.exists():
         raise ConfigError(f"{label} does not exist; give a .jsonl, .parquet or .csv file")
     try:
@@ -50,12 +52,12 @@ def open_file(field: str, path: str, column: str | None) -> Source:
             case ".parquet":
                 return _open_parquet(file, label, column)
             case ".csv":
-                return _open_csv(file, label, column)
+                return _open_csv(file, label, column, texts)
     except OSError as error:
         raise ConfigError(f"{label} cannot be read: {error.strerror or error}") from error
     except pa.ArrowInvalid as error:
         raise ConfigError(f"{label} is not a valid {file.suffix} file: {str(error).splitlines()[0]}") from error
-    raise ConfigError(f"{label} ends in {file.suffix!r}; prompt files are .jsonl, .parquet or .csv")
+    raise ConfigError(f"{label} ends in {file.suffix!r}; give a .jsonl, .parquet or .csv file")
 
 
 def open_dataset(config: PromptsConfig) -> Source:
@@ -102,6 +104,11 @@ def require_column(where: str, column: str, columns: Iterable[str]) -> None:
     raise ConfigError(f"prompts.column is {column!r}, but {where} has no such column, only {there}; {hint}")
 
 
+def plain_cells(cells: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row's cells, each as `plain` has it."""
+    return {name: plain(value, f"{where}: column {name!r}") for name, value in cells.items()}
+
+
 def plain(value: Any, where: str) -> Any:
     """A value as JSON can hold it: dates as ISO text, decimals as text, NaN and infinities as None.
 
@@ -122,7 +129,7 @@ def plain(value: Any, where: str) -> Any:
             return str(value)
     raise ConfigError(
         f"{where} holds a {type(value).__name__}, which cannot be handed to a judge as JSON; take the column out of "
-        "the prompt file"
+        "the file"
     )
 
 
@@ -164,7 +171,7 @@ def _open_parquet(file: Path, label: str, column: str | None) -> Source:
     return Source(label=label, total=parquet.metadata.num_rows, rows=rows)
 
 
-def _open_csv(file: Path, label: str, column: str | None) -> Source:
+def _open_csv(file: Path, label: str, column: str | None, texts: Sequence[str]) -> Source:
     from pyarrow import csv
 
     if file.stat().st_size == 0:
@@ -173,7 +180,7 @@ def _open_csv(file: Path, label: str, column: str | None) -> Source:
         file,
         parse_options=csv.ParseOptions(newlines_in_values=True),
         # A prompt such as "007" or "true" is text, whatever the other rows look like.
-        convert_options=csv.ConvertOptions(column_types={column: pa.string()} if column is not None else None),
+        convert_options=csv.ConvertOptions(column_types=dict.fromkeys([*filter(None, [column]), *texts], pa.string())),
     )
     if column is not None:
         require_column(label, column, table.column_names)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from online_po.errors import ConfigError
-from online_po.prompt_files import Source, open_dataset, open_file, plain, require_column
+from online_po.prompt_files import Source, open_dataset, open_file, plain_cells, require_column
 from online_po.sections import PromptsConfig
 from online_po.seeds import stable_id, stable_seed
 from online_po.types import Message, Prompt
@@ -151,7 +151,7 @@ def _read(
             if not messages or not messages[-1]["content"].strip():
                 counts["empty"] += 1
                 continue
-            metadata = {name: plain(value, f"{where}: column {name!r}") for name, value in row.items()}
+            metadata = plain_cells(row, where)
             require_text([messages, metadata], where)
             prompt_id = stable_id([messages, metadata])
             if prompt_id in seen:

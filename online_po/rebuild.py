@@ -30,6 +30,8 @@ def rebuild(ledger: Ledger, out: Path, changes: Sequence[str] = (), round_: int 
     config = _changed(ledger, changes)
     if out.suffix != ".parquet":
         raise ConfigError(f"the file to write is {str(out)!r}; let its name end in .parquet")
+    if (ledger.root / "rounds").resolve() in out.resolve().parents:
+        raise ConfigError(f"the file to write is {str(out)!r}, among the run's own; choose another place")
     judged = [r for r in range(1, config.loop.rounds + 1) if ledger.is_judged(r)]
     if round_ is not None and round_ not in judged:
         raise ConfigError(f"--round is {round_}, but the run has judged rounds {judged or 'none'}")

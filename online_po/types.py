@@ -94,8 +94,8 @@ class Comparison:
     """`Response.index` of the two; first < second."""
     preference: float
     """Probability that the first is the better one; 0.5 is a tie."""
-    consistent: bool
-    """Whether both orders say the same; True where only one was asked."""
+    consistent: bool | None
+    """Whether both orders say the same; None where only one was asked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,14 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from pydantic import TypeAdapter
-
 from judges.runtime import build_judge, check_judge, judge_groups
+from online_po.config import read_judge
 from online_po.errors import ConfigError
-from online_po.judge_configs import Endpoint, JudgeBase, JudgeConfig
+from online_po.judge_configs import Endpoint, JudgeBase
 from online_po.seeds import stable_id
 from online_po.types import Group, Judgement, Prompt, Response
-from online_po.yaml_text import load_yaml
 
 TEXTS = [
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -119,9 +117,8 @@ def measure(config: JudgeBase, texts: int) -> dict[str, Tally]:
     return found
 
 
-def read_judge(path: Path) -> Endpoint:
-    data = load_yaml(path.read_text(encoding="utf-8"), str(path))
-    config = TypeAdapter(JudgeConfig).validate_python(data["judge"])
+def read_endpoint(path: Path) -> Endpoint:
+    config = read_judge(path)
     if not isinstance(config, Endpoint):
         raise ConfigError(f"judge.kind is {config.kind}; this measures llm_pairwise and llm_score")
     check_judge(config)
@@ -133,7 +130,7 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--texts", type=int, default=len(TEXTS), help="responses that each form is added to")
     args = parser.parse_args()
-    config = read_judge(args.config)
+    config = read_endpoint(args.config)
     texts = min(args.texts, len(TEXTS))
     sides = [measure(config.model_copy(update={"fence": fence}), texts) for fence in (True, False)]
     print(f"{config.kind} by {config.model}, {texts} responses a form; win rate of the text with the addition\n")

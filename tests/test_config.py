@@ -58,6 +58,51 @@ def write(tmp_path: Path, data: object = BASE) -> Path:
         ),
         ("eval.temperature=0 eval.responses_per_prompt=2", "eval.responses_per_prompt is 2, but at temperature 0"),
         ("judge=rules", "judge is 'rules', but it is a section; give keys below it"),
+        (
+            "judge.kind=llm_score judge.model=m judge.prompt_price=0 judge.response_price=0 judge.budget.money=1",
+            "judge.prompt_price and judge.response_price must be given .* not both be 0",
+        ),
+        (
+            "judge.kind=llm_score judge.model=m judge.prompt_price=1 judge.response_price=10 judge.budget.money=0.005",
+            "judge.budget.money is 0.005, less than the 0.00512 that one answer of judge.max_tokens = 512 may cost",
+        ),
+        (
+            "judge.kind=llm_score judge.model=m judge.budget.calls=5 judge.budget.calls_per_round=6",
+            "judge.budget.calls_per_round is 6, above judge.budget.calls = 5",
+        ),
+        (
+            "judge.kind=llm_score judge.model=m judge.preflight.min_consistency=0.8",
+            "judge.preflight.min_consistency is 0.8, but has an effect only with judges that are shown pairs in both",
+        ),
+        (
+            "judge.kind=llm_pairwise judge.model=m judge.orders=one judge.preflight.min_consistency=0.8",
+            "judge.preflight.min_consistency is 0.8, but has an effect only with",
+        ),
+        ("judge.preflight.min_accuracy=0.9", "judge.preflight has no effect: judge.kind: rules .* give judge.gold"),
+        ("judge.kind=python judge.function=mod", "judge.function is 'mod'; write it as module:function"),
+        (
+            "judge.kind=self_score judge.policy=0",
+            "^judge.policy is 0; write current, start, or a round's number[^\n]*$",
+        ),
+        ("judge.preflight.gold=x", "judge.preflight.gold: unknown key; known here: min_accuracy, min_consistency"),
+        (
+            "judge={kind: ensemble, members: [{kind: rules}, {kind: ensemble, members: []}]}",
+            "^judge.members.1.kind is 'ensemble', but no ensemble is a member of another; list[^\n]*$",
+        ),
+        ("judge={kind: ensemble, members: [{kind: rules}, {weight: 2}]}", "^judge.members.1.kind: required[^\n]*$"),
+        (
+            "judge={kind: ensemble, members: [{kind: rules}, {kind: rules, wieght: 2}]}",
+            "^judge.members.1.wieght: unknown key; did you mean 'weight'[^\n]*$",
+        ),
+        (
+            "judge={kind: ensemble, members: [{kind: rules}, {kind: llm_score, model: m, samples: 2}]}",
+            "^judge.members.1: judge.samples is above 1",
+        ),
+        ('judge={"kind":"ensemble","members":{"kind":"rules"}}', "judge.members is .*, but it is a list"),
+        (
+            "judge={kind: ensemble, budget: {calls: 1}, members: [{kind: rules}, {kind: rules}]}",
+            "judge.budget has no effect with members of kind rules alone",
+        ),
         ("reference=null", "reference is None, but it is a section; .* or leave it out"),
         ("eval.every=0", "eval.every is 0 but held-out prompts are given"),
         ("prompts.heldout_size=0", "no held-out prompts"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from online_po.config import Config
@@ -14,6 +17,7 @@ from online_po.judge_trials import (
     assess,
     better,
     describe,
+    has_fallen,
     known_pairs,
     require_trial,
     trial_groups,
@@ -74,12 +78,40 @@ def test_only_judges_of_responses_in_general_are_tried_on_the_packages_pairs(tmp
         ("", r"judge.gold .*holds no pairs"),
         ('{"prompt": "p", "chosen": "a"}', r"judge.gold .*line 1 has no 'rejected'"),
         ('{"prompt": "p", "chosen": 3, "rejected": "b"}', r"line 1: 'chosen' is neither text"),
+        ('{"prompt": "p", "chosen": "a", "rejected": "a"}', r"line 1: 'chosen' and 'rejected' are the same text"),
+        (
+            '{"prompt": "p", "chosen": "a", "rejected": "b", "chosen_score": 1, "rejected_score": 1}',
+            r"line 1: 'chosen' and 'rejected' are of the same score",
+        ),
+        (
+            '{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p", "chosen": "b", "rejected": "a"}',
+            r"line 2: 'chosen' and 'rejected' stand the other way round in .*line 1",
+        ),
     ],
 )
 def test_gold_that_is_no_gold_is_refused(tmp_path, text, words):
     (tmp_path / "gold.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=words):
         known_pairs(Rules(gold=str(tmp_path / "gold.jsonl")))
+
+
+def test_gold_may_be_a_table_and_a_column_is_missed_by_its_name(tmp_path):
+    (tmp_path / "gold.csv").write_text("prompt,chosen,rejected\n6 x 7,42,41\n")
+    table = tmp_path / "gold.parquet"
+    (pair,) = known_pairs(Rules(gold=str(tmp_path / "gold.csv")))
+    assert (pair.chosen, pair.rejected) == ("42", "41")
+    pq.write_table(pa.table({"prompt": ["p"], "chosen": ["a"], "rejected": ["b"], "of": [date(2025, 1, 2)]}), table)
+    (pair,) = known_pairs(Rules(gold=str(table)))
+    assert trial_groups([pair])[0].prompt.metadata == {"of": "2025-01-02"}
+    (tmp_path / "gold.csv").write_text("question,chosen,rejected\n6 x 7,42,41\n")
+    with pytest.raises(ConfigError, match=r"judge.gold .*row 1 has no 'prompt', only question, chosen, rejected"):
+        known_pairs(Rules(gold=str(tmp_path / "gold.csv")))
+
+
+def test_one_order_says_nothing_of_consistency():
+    pairs = known_pairs(LLM)
+    one = (Comparison(first=0, second=1, preference=1, consistent=None),)
+    assert assess(pairs, judged(pairs, lambda _: "chosen", comparisons=one)).consistency is None
 
 
 def test_what_is_said_of_a_judge():
@@ -109,8 +141,9 @@ def test_a_judge_below_a_bound_is_refused_with_the_reason():
         require_trial(LLM, tied)
     require_trial(LlmPairwise(model="m", preflight={"min_accuracy": 0}), tied)
     dead = [Judgement(prompt_id="x", failure=JudgeFailure(kind="transport", message="wrong key"))] * len(pairs)
-    with pytest.raises(ConfigError, match=r"failed on 24 of 24 pairs .*24 x transport.*last message: 'wrong key'"):
-        require_trial(LLM, assess(pairs, dead))
+    for bound in (0.6, 0):  # nothing is known of a judge that never answers: it is not "below a bound"
+        with pytest.raises(ConfigError, match=r"failed on 24 of 24 pairs .*24 x transport.*last message: 'wrong key'"):
+            require_trial(LlmPairwise(model="m", preflight={"min_accuracy": bound}), assess(pairs, dead))
     answers = judged(
         pairs, lambda _: "chosen", comparisons=(Comparison(first=0, second=1, preference=1, consistent=False),)
     )
@@ -124,6 +157,10 @@ def test_the_bounds_of_calibration_are_checked_at_parse_time(tmp_path):
         Config.parse(config | {"judge": {"calibration": {"every": 2}}})
     with pytest.raises(ConfigError, match=r"judge.calibration.max_drop has an effect only with"):
         Config.parse(config | {"judge": {"gold": "g", "calibration": {"max_drop": 0.2}}})
+
+
+def test_a_fall_by_the_bound_itself_is_no_alarm():
+    assert not has_fallen(0.8, 0.7, 0.1) and has_fallen(0.8, 0.69, 0.1) and not has_fallen(0.5, 1.0, 0.1)
 
 
 class DriftingJudge(FakeJudge):

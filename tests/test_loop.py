@@ -15,15 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from judges.runtime import LocalJudgePool
-from online_po import files
+from online_po import files, judge_view
 from online_po.config import Config
 from online_po.errors import BudgetError, JudgeFailureRateError, LedgerError, NoPairsError, OnlinePOError
 from online_po.judge_cache import judge_statistics
+from online_po.judging import check_failure_rate
 from online_po.ledger import Ledger
 from online_po.loop import run_rounds
 from online_po.observers import PhaseTimer
 from online_po.parts import Parts
 from online_po.round import draw_prompts
+from online_po.run_view import load_run_view
 from online_po.types import JudgeFailure, Reference
 from tests.fakes import FakeGenerator, FakeJudge, FakeLearner, FakeObserver, make_config, make_prompts
 
@@ -296,6 +298,13 @@ def run_asking(config: Config) -> Ledger:
     return parts.ledger
 
 
+def test_the_failure_rate_that_is_allowed_is_allowed():
+    failures = [JudgeFailure(kind="timeout", message="")] * 29
+    check_failure_rate(failures, 100, 0.29, "")  # in floats 0.29 * 100 is below 29
+    with pytest.raises(JudgeFailureRateError):
+        check_failure_rate(failures, 100, 0.28, "")
+
+
 def test_what_judging_cost_is_counted_by_round(tmp_path):
     ledger = run_asking(make_config(tmp_path, judge=ASKED))
     plain = make_parts(make_config(tmp_path / "plain"))
@@ -309,6 +318,10 @@ def test_what_judging_cost_is_counted_by_round(tmp_path):
         assert row["judge_failures"] == {}  # of groups
     last = judge_statistics(ledger.judge_cache, 4)
     assert last["calls"] + last["hits"] == 4, "the last policy's evaluation"
+    calls = sum(ledger.round_row(r)["judge_calls"] for r in (1, 2, 3)) + last["calls"]
+    assert judge_statistics(ledger.judge_cache, None)["calls"] == calls
+    (note,) = (note for note in judge_view.notes(load_run_view(ledger.root)) if note.startswith("In all"))
+    assert f"In all, {calls} calls went out:" in note
     assert not any(name.startswith("judge_calls") for name in plain.ledger.round_row(1))
 
 

@@ -6,12 +6,13 @@ import json
 import math
 import random
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from online_po.metrics import SampleStats, bin_width, distinct_n, histogram, round_means, self_bleu, to_bins
-from online_po.types import Group, JudgeFailure, Judgement, Prompt, Response
+from online_po.types import Comparison, Group, JudgeFailure, Judgement, Prompt, Response
 
 
 def make_group(
@@ -70,6 +71,16 @@ def test_nothing_judged_is_none_not_nan():
     assert result["score_mean"] is None and result["length_score_correlation"] is None
     assert result["score_histogram"]["counts"] == []
     assert result["length_mean"] == 3.0
+
+
+def test_consistency_is_of_pairs_that_were_shown_in_both_orders():
+    def compared(*said: bool | None) -> list[tuple[Group, Judgement]]:
+        group, judgement = make_group("a", [2, 4], [0.0, 1.0])
+        found = tuple(Comparison(first=0, second=1, preference=0.0, consistent=one) for one in said)
+        return [(group, replace(judgement, comparisons=found))]
+
+    assert collect(compared(True, False, True, None))["order_consistency"] == pytest.approx(2 / 3)
+    assert "order_consistency" not in collect(compared(None, None))
 
 
 def test_length_score_correlation_is_within_prompts():

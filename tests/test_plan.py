@@ -201,6 +201,10 @@ def test_constraints_are_checked_before_the_run(tmp_path, tiny_model):
         make_plan(parse(tmp_path, tiny_model, rows, prompts__heldout_size=0, eval__every=0))
     with pytest.raises(ConfigError, match="judge.kind: rules reads the prompt column 'constraints'"):
         make_plan(parse(tmp_path, tiny_model, [{"prompt": f"{i}"} for i in range(20)]))
+    gold = tmp_path / "gold.jsonl"
+    gold.write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "A"}))
+    with pytest.raises(ConfigError, match=r"judge.gold .*line 1: judge.kind: rules reads the prompt column"):
+        make_plan(parse(tmp_path, tiny_model, judge__gold=str(gold)))
     members = [{"kind": "rules"}, {"kind": "python", "function": "tests.judges.groups:length"}]
     with pytest.raises(ConfigError, match="max_wrods"):  # the rules judge of an ensemble too
         make_plan(

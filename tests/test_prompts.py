@@ -261,7 +261,7 @@ def test_not_utf8(tokenizer, tmp_path):
     ("name", "content", "message"),
     [
         ("missing.jsonl", None, "does not exist"),
-        ("p.txt", "a", r"ends in '\.txt'; prompt files are \.jsonl"),
+        ("p.txt", "a", r"ends in '\.txt'; give a \.jsonl"),
         ("p.parquet", "no parquet", r"not a valid \.parquet file"),
         ("p.csv", "", "is empty"),
         ("p.csv", "promt,n\na,1\n", "did you mean 'promt'"),

@@ -53,5 +53,10 @@ def test_what_pairs_are_not_made_of_is_refused(ledger, tmp_path, changes, words)
 def test_a_round_that_is_not_there_and_a_file_of_another_kind_are_refused(ledger, tmp_path):
     with pytest.raises(ConfigError, match=r"--round is 3, but the run has judged rounds \[1, 2\]"):
         rebuild(ledger, tmp_path / "x.parquet", round_=3)
+    own = ledger.round_dir(1) / "pairs.parquet"
+    before = own.read_bytes()
+    with pytest.raises(ConfigError, match=r"among the run's own; choose another place"):
+        rebuild(ledger, own, ["pairs.strategy=all"])
+    assert own.read_bytes() == before
     with pytest.raises(ConfigError, match=r"let its name end in .parquet"):
         rebuild(ledger, tmp_path / "x.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from judges.protocol import JudgeError
 from judges.rules.base import WORD, Check, counted, fewer, within
 
 _BULLET = re.compile(r"\s*[-*•]\s+\S")
@@ -84,6 +85,10 @@ def length(
 ) -> Check:
     """`low` to `high` words, characters, or tokens as the policy sampled them (its end of sequence included); either
     bound may be left out. Else half the square of how far it got."""
+    if unit == "tokens" and not tokens:  # a text that no policy sampled, in `judge.gold` or a file to judge
+        raise JudgeError(
+            "error", "a length in tokens needs a response that was sampled; this one is known as text only"
+        )
     found = {"words": len(WORD.findall(text)), "characters": len(text), "tokens": tokens}[unit]
     window = f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}"
     return within(found, low or None, high or None), f"{window} {unit}", found

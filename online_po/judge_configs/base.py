@@ -32,7 +32,8 @@ class PreflightConfig(Section):
         0.6,
         ge=0,
         le=1,
-        description="Share of the known pairs that it must get right; 0: it is only told of.",
+        description="Share of the known pairs that it must get right, a tie counted as half. 0: it is only told of, "
+        "unless the judge fails on all of them.",
     )
     min_consistency: float = Field(
         0.0,
@@ -68,7 +69,8 @@ class LengthConfig(Section):
 
 
 class JudgeBase(Section):
-    """What every judge has. Fields of `RUN_FIELDS` are the run's: the members of an ensemble cannot have them."""
+    """What every judge has. All but `kind`, `timeout_s` and `concurrency` are the run's: members of an ensemble cannot
+    have them."""
 
     RUN_FIELDS: ClassVar[frozenset[str]] = frozenset(
         {"workers", "max_failure_rate", "bradley_terry_scale", "gold", "preflight", "calibration", "budget", "length"}
@@ -77,8 +79,6 @@ class JudgeBase(Section):
     """Fields that change no answer: not part of a judge's identity in the cache."""
     cached: ClassVar[bool] = True
     """Whether answers are kept in the run's judge cache."""
-    general: ClassVar[bool] = True
-    """Whether it judges responses in general; false: what a run's own prompts ask for."""
     batches: ClassVar[bool] = False
     """Whether it answers many questions at once: then `concurrency` and `timeout_s` of single calls mean nothing."""
     costs_money: ClassVar[bool] = False
@@ -101,13 +101,19 @@ class JudgeBase(Section):
     )
     gold: LocalPath | None = Field(
         None,
-        description="Pairs of which the better response is known (.jsonl or .parquet: prompt, chosen, rejected, and "
-        "columns that the judge reads), to try the judge on. null: the pairs that come with the package.",
+        description="Pairs of which the better response is known (.jsonl, .parquet or .csv: prompt, chosen, rejected, "
+        "and columns that the judge reads), to try the judge on. null: the pairs that come with the package, for "
+        "judges of responses in general; rules, python and plugin are then not tried.",
     )
     preflight: PreflightConfig = PreflightConfig()  # type: ignore[call-arg]
     calibration: CalibrationConfig = CalibrationConfig()  # type: ignore[call-arg]
     budget: BudgetConfig = BudgetConfig()  # type: ignore[call-arg]
     length: LengthConfig = LengthConfig()  # type: ignore[call-arg]
+
+    @property
+    def general(self) -> bool:
+        """Whether it judges responses in general; false: what a run's own prompts ask for."""
+        return self.kind not in ("rules", "python", "plugin")
 
     @property
     def pairwise(self) -> bool:
@@ -117,6 +123,11 @@ class JudgeBase(Section):
     @property
     def relative(self) -> bool:
         """Whether scores say something only beside the others of the same prompt, made together with them."""
+        return self.pairwise
+
+    @property
+    def both_orders(self) -> bool:
+        """Whether it is shown each pair in both orders, and its judgements tell whether it said the same."""
         return self.pairwise
 
     @property
@@ -140,11 +151,29 @@ class JudgeBase(Section):
             raise ValueError(
                 f"judge.budget counts money, but calls of judge.kind: {self.kind} have no price; count calls instead"
             )
+        for name in ("calls", "money"):
+            most, per_round = getattr(self.budget, name), getattr(self.budget, f"{name}_per_round")
+            if most is not None and per_round is not None and per_round > most:
+                raise ValueError(
+                    f"judge.budget.{name}_per_round is {per_round:g}, above judge.budget.{name} = {most:g} for the "
+                    "whole run, so it has no effect; lower it, or drop it"
+                )
         for name in ("concurrency", "timeout_s"):
             if self.batches and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
                     f"judge.{name} has no effect with judge.kind: {self.kind}, which takes all that waits; drop it"
                 )
+        if self.preflight != PreflightConfig() and self.gold is None and not self.general:  # type: ignore[call-arg]
+            raise ValueError(
+                f"judge.preflight has no effect: judge.kind: {self.kind} judges what a run's own prompts ask for, and "
+                "is tried on judge.gold only; give judge.gold, or drop it"
+            )
+        if self.preflight.min_consistency and not self.both_orders:
+            raise ValueError(
+                f"judge.preflight.min_consistency is {self.preflight.min_consistency:g}, but has an effect only with "
+                "judges that are shown pairs in both orders (llm_pairwise, self_pairwise, and reward_model with "
+                "compares: true); drop it"
+            )
         if self.calibration.every and self.gold is None:
             raise ValueError("judge.calibration.every is set, so judge.gold must name pairs to try the judge on")
         if not self.calibration.every and self.calibration.max_drop != 0.1:

@@ -6,9 +6,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from online_po.judge_configs.base import JudgeBase
+from online_po.judge_configs.base import BudgetConfig, JudgeBase
 from online_po.judge_configs.local import Implicit, Plugin, Python, RewardModel, Rules
-from online_po.judge_configs.prompted import LlmPairwise, LlmScore, SelfPairwise, SelfScore
+from online_po.judge_configs.prompted import Endpoint, LlmPairwise, LlmScore, SelfPairwise, SelfScore
 from online_po.sections import Section
 
 SingleJudge = Annotated[
@@ -68,6 +68,10 @@ class Ensemble(JudgeBase):
     )
 
     @property
+    def general(self) -> bool:
+        return all(member.judge.general for member in self.members)
+
+    @property
     def relative(self) -> bool:
         own_scale = self.combine in ("weighted_mean", "minimum") and self.normalise == "none"
         return not own_scale or any(member.judge.relative for member in self.members)
@@ -87,11 +91,11 @@ class Ensemble(JudgeBase):
     @model_validator(mode="after")
     def _check(self) -> Ensemble:
         for place, member in enumerate(self.members):
-            extra = sorted(member.judge.model_fields_set & member.judge.RUN_FIELDS)
-            if extra:
-                raise ValueError(
-                    f"judge.members.{place}.{extra[0]} is the run's, not a member's; write judge.{extra[0]} instead"
-                )
+            for name in sorted(member.judge.RUN_FIELDS):
+                if getattr(member.judge, name) != type(member.judge).model_fields[name].default:
+                    raise ValueError(
+                        f"judge.members.{place}.{name} is the run's, not a member's; write judge.{name} instead"
+                    )
             if member.weight != 1 and self.combine not in ("weighted_mean", "majority"):
                 raise ValueError(
                     f"judge.members.{place}.weight has no effect with judge.combine: {self.combine}; drop it"
@@ -99,12 +103,14 @@ class Ensemble(JudgeBase):
             if member.min_gap and self.combine != "in_order":
                 raise ValueError(f"judge.members.{place}.min_gap is for judge.combine: in_order, not {self.combine}")
         if self.budget.counts_money:
-            prices = [getattr(m.judge, "prompt_price", None) for m in self.members if m.judge.costs_money]
-            if None in prices or not prices:
+            priced = [m.judge for m in self.members if isinstance(m.judge, Endpoint)]
+            if not priced or not all(judge.prompt_price or judge.response_price for judge in priced):
                 raise ValueError(
                     "judge.budget counts money, so members behind an endpoint need prices (prompt_price and "
-                    "response_price), and there must be such a member; or count calls instead"
+                    "response_price, not both 0), and there must be such a member; or count calls instead"
                 )
+        if self.budget != BudgetConfig() and not any(member.judge.cached for member in self.members):  # type: ignore[call-arg]
+            raise ValueError("judge.budget has no effect with members of kind rules alone, which call nobody; drop it")
         if self.combine not in ("weighted_mean", "minimum") and self.normalise != "zscore":
             raise ValueError(f"judge.normalise has no effect with judge.combine: {self.combine}; drop it")
         return self

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from online_po.judge_configs.base import JudgeBase
 from online_po.model_config import adapter_base, find_checkpoint, find_model, is_adapter
@@ -21,7 +22,6 @@ class Rules(JudgeBase):
     """Verifiable constraints in the prompt's metadata."""
 
     cached: ClassVar[bool] = False
-    general: ClassVar[bool] = False
 
     kind: Literal["rules"] = "rules"
 
@@ -35,21 +35,24 @@ class Rules(JudgeBase):
 class Python(JudgeBase):
     """Your function."""
 
-    general: ClassVar[bool] = False
-
     kind: Literal["python"] = "python"
-    function: str = Field(pattern=r"^[^:]*\S:\S[^:]*$", description="`module:function`, sync or async.")
+    function: str = Field(description="`module:function`, sync or async.")
     scope: Literal["response", "group"] = Field(
         "response",
         description="Called with (prompt, response, metadata) and giving one score, or called with (prompt, responses, "
         "metadata) and giving one score per response.",
     )
 
+    @field_validator("function")
+    @classmethod
+    def _check_function(cls, value: str) -> str:
+        if not re.fullmatch(r"[^:]*\S:\S[^:]*", value):
+            raise ValueError(f"judge.function is {value!r}; write it as module:function, such as my_judge:score")
+        return value
+
 
 class Plugin(JudgeBase):
     """A judge of another package, found by its entry point (group `online_po.judges`)."""
-
-    general: ClassVar[bool] = False
 
     kind: Literal["plugin"] = "plugin"
     name: str = Field(min_length=1, description="Name of the entry point.")

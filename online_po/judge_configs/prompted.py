@@ -118,11 +118,19 @@ class Endpoint(Prompted):
     def _check_endpoint(self) -> Endpoint:
         if (self.prompt_price is None) != (self.response_price is None):
             raise ValueError("judge.prompt_price and judge.response_price: give both, or neither")
-        if self.budget.counts_money and self.prompt_price is None:
+        if self.budget.counts_money and not (self.prompt_price or self.response_price):
             raise ValueError(
-                "judge.budget counts money, so judge.prompt_price and judge.response_price must be given (a million "
-                "tokens each)"
+                "judge.budget counts money, so judge.prompt_price and judge.response_price must be given (of a million "
+                "tokens each), and not both be 0; or count calls instead"
             )
+        answer = self.max_tokens * (self.response_price or 0.0) / 1e6
+        for name in ("money", "money_per_round"):
+            money = getattr(self.budget, name)
+            if money is not None and money < answer:
+                raise ValueError(
+                    f"judge.budget.{name} is {money:g}, less than the {answer:g} that one answer of judge.max_tokens = "
+                    f"{self.max_tokens} may cost, so nothing could be asked; raise it"
+                )
         return self
 
 
@@ -164,6 +172,10 @@ class Comparing(Prompted):
     def pairwise(self) -> bool:
         return True
 
+    @property
+    def both_orders(self) -> bool:
+        return self.orders == "both"
+
 
 class LlmScore(Endpoint, Scoring):
     """A model behind an OpenAI-compatible endpoint gives each response a score."""
@@ -193,6 +205,13 @@ class Self(Prompted):
         "number: that round's; rounds sampled by earlier ones are judged by those. Other weights than those that "
         "sample are loaded for each batch of questions, and the sampling ones put back, with proof.",
     )
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _check_policy(cls, value: Any) -> Any:
+        if value in ("current", "start") or (isinstance(value, int) and value is not True and value >= 1):
+            return value
+        raise ValueError(f"judge.policy is {value!r}; write current, start, or a round's number, 1 or more")
 
 
 class SelfScore(Self, Scoring):

@@ -49,6 +49,7 @@ def test_an_engine_and_a_rank_share_each_gpu(tmp_path, monkeypatch):
 
 
 REWARD = {"kind": "reward_model", "path": "r"}
+BOTH = {"kind": "ensemble", "normalise": "none"}
 
 
 @pytest.mark.parametrize(
@@ -69,9 +70,8 @@ REWARD = {"kind": "reward_model", "path": "r"}
          (0.4, 0.4, 0.2, "")),
         (3, {"judge": {"kind": "python", "function": "a:b"}}, (1, 1, 0, "")),
         (3, {"judge": {"kind": "python", "function": "a:b"}, "ray": {"judge_gpus": 1.0}}, (1, 1, 1, "")),
-        (3, {"judge": {"kind": "ensemble", "members": [{"kind": "rules"}, REWARD]}}, (1, 1, 1, "")),
-        (3, {"judge": {"kind": "ensemble", "members": [{"kind": "rules"}, {"kind": "python", "function": "a:b"}]}},
-         (1, 1, 0, "")),
+        (3, {"judge": {**BOTH, "members": [{"kind": "rules"}, REWARD]}}, (1, 1, 1, "")),
+        (3, {"judge": {**BOTH, "members": [{"kind": "rules"}, {"kind": "python", "function": "a:b"}]}}, (1, 1, 0, "")),
     ],
 )  # fmt: skip
 def test_judges_that_hold_a_model_get_gpus(tmp_path, monkeypatch, gpus, overrides, expected):

@@ -494,9 +494,9 @@ def test_a_changed_function_is_another_judge(cache, tmp_path, monkeypatch):
 
     assert scores("len(response)") == (1.0, 2.0, 1.0)
     assert scores("len(response)") == (1.0, 2.0, 1.0)
-    assert log.read_text().split() == ["a", "bb"]
+    assert sorted(log.read_text().split()) == ["a", "bb"]  # threads: in no order
     assert scores("-len(response)") == (-1.0, -2.0, -1.0)
-    assert log.read_text().split() == ["a", "bb", "a", "bb"]
+    assert sorted(log.read_text().split()) == ["a", "a", "bb", "bb"]
 
 
 def test_a_spent_budget_and_a_broken_cache_are_no_failures_of_groups(cache):

@@ -17,6 +17,7 @@ from online_po.errors import BudgetError, ConfigError
 from online_po.judge_configs import Ensemble
 from online_po.loop import run_rounds
 from online_po.types import MemberScores
+from online_po.yaml_text import load_yaml
 from tests.fakes import make_config
 from tests.test_examples import PLAIN, summaries
 from tests.test_loop import make_parts
@@ -275,7 +276,7 @@ def test_a_run_keeps_what_each_member_gave_and_tells_how_far_they_agree(tmp_path
         ({"members": [{**MEMBERS[0], "workers": 2}, MEMBERS[1]]}, "judge.members.0.workers is the run's"),
         ({"members": [{**MEMBERS[0], "weight": 2}, MEMBERS[1]], "combine": "minimum"}, "weight has no effect"),
         ({"members": MEMBERS, "combine": "majority", "normalise": "none"}, "judge.normalise has no effect"),
-        ({"members": MEMBERS[:1]}, "at least 2"),
+        ({"members": MEMBERS[:1]}, "judge.members: 2 or more are needed, but there is 1"),
     ],
 )
 def test_what_a_config_may_not_say(tmp_path, judge, message):
@@ -283,8 +284,32 @@ def test_what_a_config_may_not_say(tmp_path, judge, message):
         make_config(tmp_path, **PLAIN, judge={"kind": "ensemble", **judge})
 
 
+def test_a_config_with_members_reads_back(tmp_path):
+    """A run's config.yaml holds every field, the members' run-level ones too: read back, they are their defaults."""
+    members = [{**MEMBERS[0], "weight": 2}, {"kind": "llm_pairwise", "model": "m", "api_key_env": None}]
+    made = make_config(tmp_path, **PLAIN, judge={"kind": "ensemble", "members": members})
+    assert Config.parse(load_yaml(made.to_yaml(), "config.yaml")) == made
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ({}, "judge.normalise is zscore, whose scores compare"),
+        ({"combine": "rank_average"}, "judge.combine is rank_average, whose scores compare"),
+        (
+            {"normalise": "none", "members": [MEMBERS[0], {"kind": "self_pairwise"}]},
+            "judge.members.1: judge.kind is self_pairwise, whose scores compare",
+        ),
+    ],
+)
+def test_scores_that_compare_within_a_prompt_evaluate_no_policy(tmp_path, judge, message):
+    judge = {"kind": "ensemble", "members": MEMBERS} | judge
+    with pytest.raises(ConfigError, match=rf"{message} .* set eval.every: 0"):
+        make_config(tmp_path, eval__every=1, judge=judge)
+    make_config(tmp_path, eval__every=1, judge={"kind": "ensemble", "members": MEMBERS, "normalise": "none"})
+
+
 def test_members_have_their_own_time_outs(tmp_path):
-    made: Config = make_config(
-        tmp_path, judge={"kind": "ensemble", "members": [{"kind": "rules", "timeout_s": 5}, *MEMBERS]}
-    )
+    judge = {"kind": "ensemble", "members": [{"kind": "rules", "timeout_s": 5}, *MEMBERS]}
+    made: Config = make_config(tmp_path, **PLAIN, judge=judge)
     assert made.judge.members[0].judge.timeout_s == 5

@@ -185,7 +185,8 @@ def test_same_texts_tie_and_nobody_is_asked():
 
 def test_one_order_is_drawn_and_drawn_alike_again():
     groups = [make_group(f"one {i}", f"two {i}") for i in range(30)]
-    _, model = compare(always_first, *groups, orders="one")
+    judgements, model = compare(always_first, *groups, orders="one")
+    assert {c.consistent for judgement in judgements for c in judgement.comparisons} == {None}
     shown = [asked.blocks[1].split()[0] for asked in model.asked]
     assert len(shown) == 30 and 5 < shown.count("one") < 25
     _, again = compare(always_first, *reversed(groups), orders="one")

@@ -190,8 +190,8 @@ def parse(tmp_path, **judge):
 
 def test_self_judges_are_found_in_ensembles(tmp_path):
     assert self_judges(parse(tmp_path, kind="self_score", policy=2).judge) == [SelfScore(policy=2)]
-    members = [{"kind": "rules"}, {"kind": "self_pairwise"}]
-    assert self_judges(parse(tmp_path, kind="ensemble", members=members).judge) == [SelfPairwise()]
+    members = [{"kind": "rules"}, {"kind": "self_score"}]
+    assert self_judges(parse(tmp_path, kind="ensemble", members=members, normalise="none").judge) == [SelfScore()]
     assert self_judges(parse(tmp_path, kind="rules").judge) == []
 
 

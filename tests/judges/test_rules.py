@@ -122,6 +122,8 @@ def test_length_in_tokens_is_the_sampled_ones():
     constraints = read_constraints({"constraints": [{"type": "length", "unit": "tokens", "high": 3}]})
     assert score_response("one", constraints, 3) == (1.0, "at most 3 tokens ✓")
     assert score_response("one", constraints, 6) == (0.125, "at most 3 tokens ✗ (6)")
+    with pytest.raises(JudgeError, match="known as text only"):  # gold pairs, files to judge
+        score_response("one", constraints)
     group = make_group("one", metadata={"constraints": [{"type": "length", "unit": "tokens", "low": 2}]})
     (verdict,) = asyncio.run(judge_groups(build_judge(Rules()), [group]))
     assert verdict.scores == (0.5 * (1 / 2) ** 2,)  # its one token
