@@ -116,8 +116,9 @@ class ComparingJudge:
         preferences = [
             answer.value if shown[0] is one else 1 - answer.value for shown, answer in zip(orders, answers, strict=True)
         ]
-        sides = {(preference > 0.5) - (preference < 0.5) for preference in preferences}
-        comparison = Comparison(first=first, second=second, preference=fmean(preferences), consistent=len(sides) == 1)
+        consistent = len({(preference > 0.5) - (preference < 0.5) for preference in preferences}) == 1
+        preference = fmean(preferences) if consistent else 0.5
+        comparison = Comparison(first=first, second=second, preference=preference, consistent=consistent)
         return comparison, [
             (shown[0].index, answer.rationale)
             for shown, answer in zip(orders, answers, strict=True)
