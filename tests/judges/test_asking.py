@@ -223,6 +223,36 @@ def test_an_endpoint_that_stays_away_is_given_up(begin, patience):
     assert len(asked.refused) < BREAK_AFTER + 8 + 20
 
 
+@pytest.mark.parametrize("after", [20.0, 50.0, 120.0])
+def test_who_says_when_to_come_back_is_there_and_left_alone_until_then(after):
+    times: list[float] = []
+
+    async def busy() -> Answer:
+        await asyncio.sleep(0.1)
+        times.append(asyncio.get_running_loop().time() - 1000)
+        if times[-1] < after - 1:
+            raise away("status 429", retry_after=after)
+        return Answer(value=1)
+
+    outcomes = run_fast(_many(Asker(endpoint()), busy, 48))
+    assert [outcome.value for outcome in outcomes] == [1] * 48
+    assert not [time for time in times if 1 < time < after]
+
+
+def test_nobody_gives_up_while_one_tries():
+    begun: list[float] = []
+
+    async def starting() -> Answer:
+        begun.append(asyncio.get_running_loop().time() - 1000)
+        if begun[-1] < 1:
+            raise away()
+        await asyncio.sleep(50)  # loads its weights
+        return Answer(value=1)
+
+    outcomes = run_fast(_many(Asker(endpoint(timeout_s=100)), starting, 48))
+    assert [outcome.value for outcome in outcomes] == [1] * 48
+
+
 def test_single_failures_stop_nobody():
     asked = Endpoint(*[away() if n % 3 else None for n in range(60)], seconds=0.1)
 
@@ -324,6 +354,15 @@ def test_nothing_is_asked_twice(cache):
     assert judge_statistics(cache, 3)["latency_p50"] is None
 
 
+def test_half_an_emoji_costs_nobody_an_answer(cache):
+    async def says() -> Answer:
+        return Answer(value=1, rationale="good \ud83d")
+
+    (first,) = ask_all(cache, endpoint(), says, range(1))
+    (again,) = ask_all(cache, endpoint(), says, range(1))
+    assert first == again and first.rationale == "good ?"
+
+
 def test_failures_are_counted_and_never_remembered(cache):
     bad = JudgeError("unparsable", "?", prompt_tokens=7, response_tokens=3, cost=0.5)
     asked = Endpoint(bad, away(retry_after=0.0))
@@ -409,6 +448,47 @@ def test_what_is_under_way_is_waited_for_before_the_run_pauses(cache):
         return known
 
     assert sum(answer is not None for answer in asyncio.run(go())) == 3
+
+
+def test_what_was_begun_is_waited_for_too(cache):
+    """The dear question ends the budget; cheap ones behind it are let out in the same breath."""
+    asked = Endpoint(seconds=0.2)
+
+    async def go():
+        store = JudgeStore(cache)
+        asker = Asker(money(money=0.01), store)
+        dear = asyncio.create_task(asker.ask(question(0, text="x" * 200_000), asked))
+        cheap = [asyncio.create_task(asker.ask(question(n), asked)) for n in range(1, 4)]
+        with pytest.raises(BudgetError):
+            await dear
+        assert asked.running == 0
+        outcomes = await asyncio.gather(*cheap, return_exceptions=True)
+        await asyncio.to_thread(store.close)
+        return outcomes
+
+    outcomes = asyncio.run(go())
+    assert sum(isinstance(outcome, Answer) for outcome in outcomes) == len(asked.times)
+
+
+@pytest.mark.parametrize(
+    ("settings", "failures", "asks"),
+    [({"requests_per_minute": 120}, 0, 40), ({}, BREAK_AFTER, 40), ({}, 1, 1)],
+    ids=["for its turn", "for the endpoint", "for another try"],
+)
+def test_who_waits_does_not_hold_up_a_pause(cache, settings, failures, asks):
+    asked = Endpoint(*[away(retry_after=300.0)] * failures)
+
+    async def go():
+        store = JudgeStore(cache)
+        asker = Asker(endpoint(budget={"calls": 100}, concurrency=BREAK_AFTER, **settings), store)
+        waiting = [asyncio.create_task(asker.ask(question(n), asked)) for n in range(asks)]
+        await asyncio.sleep(0.5)
+        await asker.drain()
+        done, late = await asyncio.wait(waiting, timeout=5)
+        await asyncio.to_thread(store.close)
+        return {type(error) for task in done if (error := task.exception())}, len(late)
+
+    assert asyncio.run(go()) == ({BudgetError}, 0)
 
 
 def test_draining(cache):
