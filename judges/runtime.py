@@ -218,9 +218,18 @@ class LocalJudgePool:
 
     def close(self) -> None:
         """Ends the thread; what is still being judged is left without an answer."""
+        asyncio.run_coroutine_threadsafe(_end_all(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
         if self._store is not None and self._cache is not None:
             self._store.close()
             release(self._cache)
+
+
+async def _end_all() -> None:
+    """Ends whatever else runs in this event loop, and waits until it has: what is only dropped would complain."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

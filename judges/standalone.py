@@ -21,7 +21,7 @@ from online_po.errors import ConfigError, JudgeFailureRateError, LedgerError
 from online_po.judge_configs import Ensemble, JudgeBase, Rules
 from online_po.judge_trials import text_response
 from online_po.ledger import Ledger
-from online_po.prompt_files import open_file
+from online_po.prompt_files import Source, open_file, plain
 from online_po.prompts import require_text, to_messages
 from online_po.seed_pairs import PLAIN, read_pair
 from online_po.seeds import stable_id
@@ -30,6 +30,8 @@ from online_po.types import Group, Judgement, Prompt
 WAITING = 256
 """So many rows are with the judge at a time."""
 RESPONSES = ("responses", "response", "chosen")
+SAID = ("scores", "rationales", "comparisons", "failure")
+"""Columns that are written; a row's own of these names, of an earlier judge, are not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +73,10 @@ def judge_file(
         raise ConfigError(f"the file to write is {str(out)!r}; let its name end in .jsonl")
     check_judge(config)
     opened = open_file("the file to judge", str(source), "prompt")
-    for place, cells in opened.rows:
-        group = read_group(config, cells, f"{opened.label}, {place}")
+    for where, cells in _rows(opened):
+        group = read_group(config, cells, where)
         if isinstance(config, Rules):
-            _require_constraints(group, f"{opened.label}, {place}")
+            _require_constraints(group, where)
     with _locked(cache):
         pool = LocalJudgePool(config, cache)
         try:
@@ -99,10 +101,18 @@ def _locked(cache: Path) -> Iterator[None]:
         yield
 
 
+def _rows(opened: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows as they can be written, with where they stand. Raises ConfigError for one that cannot be."""
+    for place, cells in opened.rows:
+        where = f"{opened.label}, {place}"
+        cells = plain(cells, where)
+        require_text(cells, where)
+        yield where, cells
+
+
 def read_group(config: JudgeBase, cells: dict[str, Any], where: str) -> Group:
     """A row as a group of texts. Raises ConfigError, naming `where` and the field."""
-    named = next((name for name in RESPONSES if cells.get(name) is not None), None)
-    match named:
+    match _named(cells):
         case "responses":
             texts = cells["responses"]
             if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
@@ -121,12 +131,16 @@ def read_group(config: JudgeBase, cells: dict[str, Any], where: str) -> Group:
     messages = to_messages(cells.get("prompt"), PLAIN, where)
     if not messages:
         raise ConfigError(f"{where} has no 'prompt'; every row needs one")
-    require_text([messages, texts], where)
     metadata = {key: value for key, value in cells.items() if key not in ("prompt", "rejected", *RESPONSES)}
     prompt = Prompt(
         id=stable_id([messages, metadata]), messages=tuple(messages), text="", token_ids=(), metadata=metadata
     )
     return Group(prompt=prompt, responses=tuple(text_response(index, text) for index, text in enumerate(texts)))
+
+
+def _named(cells: dict[str, Any]) -> str | None:
+    """The column of a row that is judged."""
+    return next((name for name in RESPONSES if cells.get(name) is not None), None)
 
 
 def _require_constraints(group: Group, where: str) -> None:
@@ -153,13 +167,14 @@ def _judge_all(
     failures: Counter[str] = Counter()
     message, done, points, pairs = None, 0, 0.0, 0
     with files.atomic(out) as path, path.open("w", encoding="utf-8") as lines:
-        for cells, judgement in _in_order(pool, config, opened.label, opened.rows):
-            lines.write(json.dumps(cells | _said(judgement), ensure_ascii=False) + "\n")
+        for cells, judgement in _in_order(pool, config, _rows(opened)):
+            kept = {name: cell for name, cell in cells.items() if name not in SAID}
+            lines.write(json.dumps(kept | _said(judgement), ensure_ascii=False) + "\n")
             done += 1
             if judgement.failure is not None:
                 failures[judgement.failure.kind] += 1
                 message = judgement.failure.message
-            elif judgement.scores is not None and cells.get("responses") is None and cells.get("chosen") is not None:
+            elif judgement.scores is not None and _named(cells) == "chosen":
                 chosen, rejected = judgement.scores
                 pairs += 1
                 points += 0.5 if chosen == rejected else float(chosen > rejected)
@@ -169,13 +184,13 @@ def _judge_all(
 
 
 def _in_order(
-    pool: LocalJudgePool, config: JudgeBase, label: str, rows: Iterator[tuple[str, dict[str, Any]]]
+    pool: LocalJudgePool, config: JudgeBase, rows: Iterator[tuple[str, dict[str, Any]]]
 ) -> Iterator[tuple[dict[str, Any], Judgement]]:
     """Rows with their judgements; `WAITING` of them are with the judge at a time."""
     asked: list[tuple[dict[str, Any], Future[list[Judgement]]]] = []
     while True:
-        for place, cells in itertools.islice(rows, WAITING - len(asked)):
-            asked.append((cells, pool.submit([read_group(config, cells, f"{label}, {place}")])))
+        for where, cells in itertools.islice(rows, WAITING - len(asked)):
+            asked.append((cells, pool.submit([read_group(config, cells, where)])))
         if not asked:
             return
         cells, future = asked.pop(0)

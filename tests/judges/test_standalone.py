@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
+import gc
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
 from judges.standalone import judge_file
 from online_po.config import read_judge
-from online_po.errors import ConfigError, JudgeFailureRateError, LedgerError
+from online_po.errors import BudgetError, ConfigError, JudgeFailureRateError, LedgerError
 from online_po.judge_configs import LlmPairwise, Python, Rules
 from tests.judges import groups
 
@@ -62,6 +66,34 @@ def test_a_failure_is_no_label_and_too_many_are_an_error(source):
         judged.require_few_failures(0.2)
 
 
+def test_rows_with_more_columns_than_are_judged(tmp_path):
+    path = tmp_path / "in.jsonl"
+    both = {"prompt": "p", "response": "aaa", "chosen": "bb", "rejected": "c"}
+    again = {"prompt": "q", "response": "a", "scores": [9], "rationales": ["old"], "failure": {"kind": "timeout"}}
+    path.write_text(json.dumps(both) + "\n" + json.dumps(again) + "\n")
+    judged, rows = judge(Python(function=f"{HERE}:length"), path)
+    assert judged.accuracy is None and judged.failures == {}
+    assert rows == [both | {"scores": [3]}, {"prompt": "q", "response": "a", "scores": [1]}]
+
+
+def test_values_that_json_has_not(tmp_path):
+    path = tmp_path / "in.parquet"
+    table = {"prompt": ["p"], "response": ["a"], "when": [datetime.date(2020, 1, 2)]}
+    pq.write_table(pa.table(table), path)
+    _, rows = judge(Python(function=f"{HERE}:length"), path)
+    assert rows == [{"prompt": "p", "response": "a", "when": "2020-01-02", "scores": [1]}]
+    pq.write_table(pa.table(table | {"image": [b"x"]}), path)
+    with pytest.raises(ConfigError, match="row 1 holds a bytes, which cannot be handed to a judge"):
+        judge(Python(function=f"{HERE}:length"), path)
+
+
+def test_a_spent_budget_says_so_and_nothing_else(source, caplog):
+    with caplog.at_level("ERROR"), pytest.raises(BudgetError, match="judge.budget.calls = 3 is spent"):
+        judge(Python(function=f"{HERE}:length_async", budget={"calls": 3}), source)
+    gc.collect()  # tasks that were dropped complain when they are collected
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
@@ -70,6 +102,7 @@ def test_a_failure_is_no_label_and_too_many_are_an_error(source):
         ({"prompt": "p", "response": 3}, r"line 2: 'response' is a int, not text"),
         ({"response": "x"}, r"line 2 has no 'prompt'"),
         ({"prompt": "p", "chosen": "x"}, r"line 2 has no 'rejected'"),
+        ({"prompt": "p", "response": "x", "note": "\ud83d"}, r"line 2 holds .ud83d, one half of a surrogate pair"),
     ],
 )
 def test_rows_that_cannot_be_judged_are_refused_before_any_is(tmp_path, row, words):
