@@ -70,7 +70,7 @@ class Asker:
         if isinstance(config, Endpoint):
             self._rate = RateLimit(config.requests_per_minute, config.tokens_per_minute, workers)
             self._attempts = config.attempts
-        self._asking: dict[str, asyncio.Task[Answer]] = {}
+        self._asking = self._flights.asking
 
     def identify(self, **parts: str) -> None:
         """What answers depend on besides the config, and only the built judge knows: its source, its weights. Before
@@ -249,9 +249,11 @@ class _Attempt:
 
 
 class _Flights:
-    """Calls that are out, of all members of an ensemble."""
+    """What is under way, for all members of an ensemble."""
 
     def __init__(self) -> None:
+        self.asking: dict[str, asyncio.Task[Answer]] = {}
+        """Questions by their keys: members may be the same judge."""
         self._out = 0
         self._stopped = asyncio.Event()
         self._why = ""

@@ -544,6 +544,20 @@ def test_members_have_their_own_answers_and_one_budget(cache):
     assert [answer.value for answer in answers] == [1, 2, 3] and isinstance(last, BudgetError)
 
 
+def test_members_that_are_the_same_judge_ask_once(cache):
+    asked = Endpoint(seconds=0.05)
+
+    async def go():
+        store = JudgeStore(cache)
+        asker = Asker(endpoint(), store)
+        members = [asker.member(endpoint(temperature=1)) for _ in range(2)]
+        answers = await asyncio.gather(*(member.ask(question(), asked) for member in members))
+        await asyncio.to_thread(store.close)
+        return [answer.value for answer in answers]
+
+    assert asyncio.run(go()) == [1, 1] and len(asked.times) == 1
+
+
 # -- through the runtime -------------------------------------------------------------------------------
 
 USER_MODULE = """
