@@ -114,5 +114,5 @@ class CircuitBreaker:
             now = asyncio.get_running_loop().time()
             self._since = now if self._since is None else self._since
             jitter = random.uniform(0.75, 1.25)  # processes must not come back as one
-            self._not_before = now + max(jitter * self._pause, error.retry_after or 0.0)
+            self._not_before = now + max(jitter * self._pause, min(error.retry_after or 0.0, PATIENCE_S))
             self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
