@@ -140,6 +140,16 @@ class JudgeBase(Section):
                 raise ValueError(
                     f"judge.{name} has no effect with judge.kind: {self.kind}, which takes all that waits; drop it"
                 )
+        if self.preflight.min_consistency and not self.pairwise:
+            raise ValueError(
+                f"judge.preflight.min_consistency has no effect with judge.kind: {self.kind}, which is not shown two "
+                "responses in two orders; drop it"
+            )
+        if self.preflight != PreflightConfig() and not self.general and self.gold is None:  # type: ignore[call-arg]
+            raise ValueError(
+                f"judge.preflight has no effect with judge.kind: {self.kind} without judge.gold: the pairs that come "
+                "with the package are none of its kind; set judge.gold, or drop it"
+            )
         if self.calibration.every and self.gold is None:
             raise ValueError("judge.calibration.every is set, so judge.gold must name pairs to try the judge on")
         if not self.calibration.every and self.calibration.max_drop != 0.1:
