@@ -388,6 +388,6 @@ def _spent(connection: sqlite3.Connection, setting: str, limit: float, round_: i
         totals.append(f"{calls} calls{waiting}{f' and {money:.4g} in money' if money else ''} in {what}")
     return BudgetError(
         f"{setting} = {limit:.12g} is spent in round {round_}: {', '.join(totals)}{hint}. Everything judged is kept: "
-        f"raise it and go on with `online-po run CONFIG {setting}=...`, or for a file with `online-po judge CONFIG IN OUT "
-        f"{setting}=...`; only what is not judged yet is asked"
+        f"raise it and go on with `online-po run CONFIG {setting}=...`, or for a file with "
+        f"`online-po judge CONFIG IN OUT {setting}=...`; only what is not judged yet is asked"
     )
