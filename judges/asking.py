@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from types import TracebackType
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential_jitter
 
 from judges.limits import PATIENCE_S, POLL_S, CircuitBreaker, RateLimit
-from judges.protocol import JudgeError
+from judges.protocol import JudgeError, to_text
 from judges.questions import Answer, Question
 from judges.store import Call, JudgeStore
 from online_po.errors import BudgetError
@@ -70,7 +70,7 @@ class Asker:
         if isinstance(config, Endpoint):
             self._rate = RateLimit(config.requests_per_minute, config.tokens_per_minute, workers)
             self._attempts = config.attempts
-        self._asking: dict[str, asyncio.Task[Answer]] = {}
+        self._asking = self._flights.asking
 
     def identify(self, **parts: str) -> None:
         """What answers depend on besides the config, and only the built judge knows: its source, its weights. Before
@@ -114,7 +114,7 @@ class Asker:
             return known
         attempt = _Attempt(self, key, round_, question, call)
         retrying = AsyncRetrying(
-            sleep=asyncio.sleep,
+            sleep=self._flights.sleep,
             retry=retry_if_exception(_may_ask_again),
             stop=lambda _: attempt.counted >= self._attempts,
             wait=lambda state: 0.0 if attempt.probe else _wait(state),  # after a probe the breaker says how long
@@ -144,10 +144,12 @@ class _Attempt:
         asker = self.asker
         with ExitStack() as flight:
             async with asker._slots:
-                self.probe = await asker._breaker.admit()
+                go_on = asker._flights.require_open
+                go_on()
+                self.probe = await asker._breaker.admit(go_on)
                 if self.probe:
                     flight.callback(asker._breaker.probe_over)
-                estimate = await asker._rate.admit(self.question)
+                estimate = await asker._rate.admit(self.question, go_on)
                 bound = _most(asker.config, self.question) if asker._budget.counts_money else 0.0
                 begun = await self._begin(bound)
                 if isinstance(begun, Answer):
@@ -169,9 +171,10 @@ class _Attempt:
         try:
             while True:
                 asker._flights.require_open()
-                begun = await asker._store.begin(
-                    self.key, self.round, asker._judge, self.number + 1, bound=bound, budget=asker._budget
-                )
+                with asker._flights:  # once `begin` has written it down, it goes out
+                    begun = await asker._store.begin(
+                        self.key, self.round, asker._judge, self.number + 1, bound=bound, budget=asker._budget
+                    )
                 if begun is not None:
                     return begun
                 await asyncio.sleep(POLL_S)
@@ -188,7 +191,11 @@ class _Attempt:
             async with asyncio.timeout(limit) as timeout:
                 answer = await self.call()
             # As it will be read back: what is trained on must not depend on whether it was asked or remembered.
-            outcome = replace(answer, value=json.loads(json.dumps(answer.value, allow_nan=False)))
+            outcome = replace(
+                answer,
+                value=json.loads(json.dumps(answer.value, allow_nan=False)),
+                rationale=None if answer.rationale is None else to_text(answer.rationale),
+            )
         except Exception as error:  # counted, then raised again
             outcome = error
             if isinstance(error, TimeoutError) and timeout.expired():
@@ -199,14 +206,14 @@ class _Attempt:
     def _note(self, outcome: Answer | Exception, estimate: float) -> None:
         """Tells the limits."""
         asker = self.asker
-        if isinstance(outcome, Answer):
-            asker._rate.used(self.question, estimate, outcome.prompt_tokens + outcome.response_tokens)
+        if not isinstance(outcome, Answer | JudgeError):
+            return
+        if tokens := outcome.prompt_tokens + outcome.response_tokens:
+            asker._rate.used(self.question, estimate, tokens)
+        if isinstance(outcome, JudgeError) and outcome.retry and outcome.kind in ("transport", "timeout"):
+            asker._breaker.failed(outcome, self.probe)
+        else:
             asker._breaker.answered()
-        elif isinstance(outcome, JudgeError):
-            if outcome.retry and outcome.kind in ("transport", "timeout"):
-                asker._breaker.failed(outcome, self.probe)
-            else:
-                asker._breaker.answered()
 
     async def _keep(self, outcome: Answer | Exception, seconds: float, number: int | None, bound: float) -> None:
         asker = self.asker
@@ -242,11 +249,14 @@ class _Attempt:
 
 
 class _Flights:
-    """Calls that are out, of all members of an ensemble."""
+    """What is under way, for all members of an ensemble."""
 
     def __init__(self) -> None:
+        self.asking: dict[str, asyncio.Task[Answer]] = {}
+        """Questions by their keys: members may be the same judge."""
         self._out = 0
-        self._stopped: BudgetError | None = None
+        self._stopped = asyncio.Event()
+        self._why = ""
         self._landed = asyncio.Event()
         self._landed.set()
 
@@ -260,13 +270,20 @@ class _Flights:
             self._landed.set()
 
     def require_open(self) -> None:
-        if self._stopped is not None:
-            raise self._stopped
+        if self._stopped.is_set():
+            raise BudgetError(self._why)  # one for each: an exception that many raise collects all their tracebacks
+
+    async def sleep(self, seconds: float) -> None:
+        """Waits so long, or until no further call goes out."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopped.wait(), seconds)
 
     async def stop(self, error: BudgetError) -> None:
         """No further call goes out; returns once none is."""
-        self._stopped = self._stopped or error
-        await self._landed.wait()
+        self._why = self._why or str(error)
+        self._stopped.set()
+        while self._out:
+            await self._landed.wait()
 
 
 def _may_ask_again(error: BaseException) -> bool:

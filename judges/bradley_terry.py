@@ -19,8 +19,8 @@ def strengths(players: int, comparisons: Sequence[tuple[int, int, float]]) -> li
 
     The maximum of the likelihood with a symmetric prior: each player has won and lost PRIOR / players games against
     an opponent of strength 0, so that who won all its games has a finite strength. So light a prior never turns a
-    decision around: where decisive comparisons contradict one another nowhere, each winner is stronger than its
-    loser. A player's strength does not depend on the order of the comparisons.
+    decision around: where all comparisons are decisive and contradict one another nowhere, each winner is stronger
+    than its loser. A player's strength does not depend on the order of the comparisons.
     """
     first = np.array([c[0] for c in comparisons], dtype=np.int64)
     second = np.array([c[1] for c in comparisons], dtype=np.int64)

@@ -55,12 +55,6 @@ class Calls:
         # A decorated async function, or an object with an async __call__, looks sync until it is called.
         return await value if inspect.isawaitable(value) else value
 
-    def close(self) -> None:
-        """Lets idle threads end."""
-        for worker in self._idle:
-            worker.leave()
-        self._idle.clear()
-
 
 def describe(error: BaseException) -> str:
     """Type and text of an exception, on one line."""

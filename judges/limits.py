@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 
 from aiolimiter import AsyncLimiter
 
@@ -19,7 +20,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 PATIENCE_S = 600.0
 """So long an endpoint that has answered before may be away."""
 FIRST_PATIENCE_S = 30.0
-"""So long one that never answered: a wrong address should be told soon."""
+"""So long one that never said anything: a wrong address should be told soon."""
 POLL_S = 0.25
 
 
@@ -33,11 +34,12 @@ class RateLimit:
         self._overhead, self._seen = float(FIRST_OVERHEAD), 0
         self._owed = 0.0  # tokens that earlier calls took beyond their estimates
 
-    async def admit(self, question: Question) -> float:
-        """Waits until a call is allowed; returns the tokens it was taken to need."""
+    async def admit(self, question: Question, go_on: Callable[[], None]) -> float:
+        """Waits until a call is allowed; returns the tokens it was taken to need. `go_on` raises what ends the wait."""
         if self._requests is None and self._tokens is None:
             return 0.0
         async with self._turn:
+            go_on()
             if self._requests is not None:
                 await self._requests.acquire()
             if self._tokens is None:
@@ -78,18 +80,19 @@ class CircuitBreaker:
         self._probing = False
         self._last = ""
 
-    async def admit(self) -> bool:
+    async def admit(self, go_on: Callable[[], None]) -> bool:
         """Waits while the endpoint is away; True: this call is the one that tries, and `probe_over` follows.
 
-        Raises JudgeError("transport") where it has been away for too long.
+        Raises JudgeError("transport") where it has been away for too long. `go_on` raises what else ends the wait.
         """
         loop = asyncio.get_running_loop()
         while self._since is not None:
+            go_on()
             if loop.time() >= self._not_before and not self._probing:
                 self._probing = True
                 return True
             away = loop.time() - self._since
-            if away > (PATIENCE_S if self._answered else FIRST_PATIENCE_S):
+            if not self._probing and away > (PATIENCE_S if self._answered else FIRST_PATIENCE_S):
                 raise JudgeError("transport", f"the judge has not answered for {away:.0f} s; last: {self._last}")
             await asyncio.sleep(POLL_S)
         return False
@@ -106,9 +109,10 @@ class CircuitBreaker:
         """A call could not reach it."""
         self._failures += 1
         self._last = str(error)
+        self._answered |= error.retry_after is not None  # who says when to come back is there
         if probe or (self._since is None and self._failures >= BREAK_AFTER):
             now = asyncio.get_running_loop().time()
             self._since = now if self._since is None else self._since
             jitter = random.uniform(0.75, 1.25)  # processes must not come back as one
-            self._not_before = now + max(jitter * self._pause, min(error.retry_after or 0.0, LONGEST_PAUSE_S))
+            self._not_before = now + max(jitter * self._pause, min(error.retry_after or 0.0, PATIENCE_S))
             self._pause = min(2 * self._pause, LONGEST_PAUSE_S)

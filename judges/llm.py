@@ -117,8 +117,9 @@ class ComparingJudge:
             answer.value if shown[0] is one else 1 - answer.value for shown, answer in zip(orders, answers, strict=True)
         ]
         sides = {(preference > 0.5) - (preference < 0.5) for preference in preferences}
+        preference = fmean(preferences) if len(sides) == 1 else 0.5
         consistent = len(sides) == 1 if len(orders) == 2 else None
-        comparison = Comparison(first=first, second=second, preference=fmean(preferences), consistent=consistent)
+        comparison = Comparison(first=first, second=second, preference=preference, consistent=consistent)
         return comparison, [
             (shown[0].index, answer.rationale)
             for shown, answer in zip(orders, answers, strict=True)

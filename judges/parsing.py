@@ -113,7 +113,9 @@ def choice_probability(reply: Reply) -> float:
 def _place(reply: Reply) -> int:
     """Where the letter stands in an answer that was read already."""
     if reply.is_json:
-        return next(_JSON_CHOICE.finditer(reply.text)).end() - 1
+        if (found := _JSON_CHOICE.search(reply.text)) is None:
+            raise _unparsable(f"its verdict is escaped, so it has no logp of its own: {_show(reply.text)}")
+        return found.end() - 1
     last = reply.text.rstrip().splitlines()[-1]
     line = _LINE.fullmatch(last)
     assert line is not None

@@ -21,7 +21,7 @@ from typing import Any
 from judges.asking import Answer, Asker, Question
 from judges.calls import Calls
 from judges.protocol import Judge, JudgeError, scored
-from judges.python import PythonJudge
+from judges.python import PythonJudge, source_hash
 from online_po.errors import ConfigError, first_line
 from online_po.judge_configs import Plugin
 from online_po.judge_configs.local import PLUGIN_GROUP
@@ -29,12 +29,13 @@ from online_po.types import Group, Judgement
 
 
 class PluginJudge:
-    """Another package's judge of whole groups, its answers checked."""
+    """Another package's judge of whole groups, its answers checked: scores and rationales, no more is kept."""
 
     def __init__(self, judge: Any, config: Plugin, asker: Asker) -> None:
         self._judge = judge
         self._name = config.name
         self._asker = asker
+        asker.identify(source=source_hash(judge))
         self._calls = Calls()
 
     async def judge(self, group: Group) -> Judgement:

@@ -47,6 +47,7 @@ class JudgeError(Exception):
 
 def failed(group: Group, kind: FailureKind, message: str) -> Judgement:
     """The judgement that says a group has no label, and why."""
+    message = to_text(message)
     short = message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 1] + "…"
     return Judgement(prompt_id=group.prompt.id, failure=JudgeFailure(kind=kind, message=short))
 
@@ -54,16 +55,25 @@ def failed(group: Group, kind: FailureKind, message: str) -> Judgement:
 def scored(group: Group, scores: Sequence[Any], rationales: Sequence[str] | None = None) -> Judgement:
     """The judgement that labels a group: one number per response, in order.
 
-    Raises JudgeError: "bad_length" for another count, "bad_value" for what is no finite number.
+    Raises JudgeError: "bad_length" for another count, "bad_value" for what is no finite number, or no text.
     """
     n = len(group.responses)
     if len(scores) != n:
         raise JudgeError("bad_length", f"{len(scores)} scores for {n} responses")
+    if rationales is not None and len(rationales) != n:
+        raise JudgeError("bad_length", f"{len(rationales)} rationales for {n} responses")
+    if not all(isinstance(rationale, str) for rationale in rationales or ()):
+        raise JudgeError("bad_value", f"rationales that are not all text: {_show(rationales)}")
     return Judgement(
         prompt_id=group.prompt.id,
         scores=tuple(to_score(score, f"score of response {index}") for index, score in enumerate(scores)),
-        rationales=None if rationales is None else tuple(rationales),
+        rationales=None if rationales is None else tuple(map(to_text, rationales)),
     )
+
+
+def to_text(said: str) -> str:
+    """What somebody said, as files can hold it: half a surrogate pair, which JSON can escape, becomes a "?"."""
+    return said.encode("utf-8", "replace").decode()
 
 
 def to_score(value: Any, name: str) -> float:

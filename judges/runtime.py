@@ -202,12 +202,13 @@ def shown(judge: Judge, config: JudgeBase, group: Group) -> str | None:
     return judge.shown(Question(prompt=group.prompt, responses=group.responses[: 2 if config.pairwise else 1]))
 
 
-async def _cancel_others() -> None:
-    """Ends all that goes on in this event loop: tasks that are dropped would complain on the screen."""
-    if others := asyncio.all_tasks() - {asyncio.current_task()}:
-        for task in others:
-            task.cancel()
-        await asyncio.wait(others, timeout=10)
+async def _end(judge: Judge) -> None:
+    """Ends whatever else runs in this event loop, and waits until it has: what is only dropped would complain."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await close_judge(judge)
 
 
 class LocalJudgePool:
@@ -240,15 +241,11 @@ class LocalJudgePool:
 
     def close(self) -> None:
         """Ends the thread; what is still being judged is left without an answer."""
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(_end(self._judge), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
         self._close_store()
-
-    async def _end(self) -> None:
-        await _cancel_others()
-        await close_judge(self._judge)
 
     def _close_store(self) -> None:
         if self._store is not None and self._cache is not None:

@@ -137,7 +137,7 @@ def read_group(config: JudgeBase, cells: dict[str, Any], where: str) -> Group:
     messages = to_messages(cells.get("prompt"), PLAIN, where)
     if not messages or not messages[-1]["content"].strip():
         raise ConfigError(f"{where} has no 'prompt', or an empty one; every row needs one")
-    require_text([messages, texts], where)
+    require_text(cells, where)
     metadata = {key: value for key, value in cells.items() if key not in ("prompt", "rejected", *RESPONSES)}
     prompt = Prompt(
         id=stable_id([messages, metadata]), messages=tuple(messages), text="", token_ids=(), metadata=metadata

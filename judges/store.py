@@ -292,6 +292,10 @@ class JudgeStore:
         except Exception as error:
             with suppress(sqlite3.Error):
                 self._connection.execute("ROLLBACK")
+            if len(jobs) > 1 and not isinstance(error, sqlite3.Error):  # one of them, say a number too large
+                for job in jobs:
+                    self._write([job])
+                return
             outcomes = self._failed(jobs, error)
         _deliver(outcomes)
 
@@ -383,7 +387,7 @@ def _spent(connection: sqlite3.Connection, setting: str, limit: float, round_: i
         waiting = f" ({under_way} under way)" if under_way else ""
         totals.append(f"{calls} calls{waiting}{f' and {money:.4g} in money' if money else ''} in {what}")
     return BudgetError(
-        f"{setting} = {limit:g} is spent in round {round_}: {', '.join(totals)}{hint}. Everything judged is kept: "
-        f"raise it and go on with `online-po run CONFIG {setting}=...` (or `online-po judge ... {setting}=...`); only "
-        "what is not judged yet is asked"
+        f"{setting} = {limit:.12g} is spent in round {round_}: {', '.join(totals)}{hint}. Everything judged is kept: "
+        f"raise it and go on with `online-po run CONFIG {setting}=...`, or for a file with "
+        f"`online-po judge CONFIG IN OUT {setting}=...`; only what is not judged yet is asked"
     )

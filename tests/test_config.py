@@ -51,6 +51,11 @@ def write(tmp_path: Path, data: object = BASE) -> Path:
             "judge.kind=reward_model judge.path=x judge.concurrency=3",
             "judge.concurrency has no effect with .* reward_m",
         ),
+        ("judge.preflight.min_accuracy=0.9", "judge.preflight has no effect with judge.kind: rules without judge.gold"),
+        (
+            "judge.kind=llm_score judge.model=m judge.preflight.min_consistency=0.5",
+            "judge.preflight.min_consistency has no effect with judge.kind: llm_score",
+        ),
         ("judge.kind=llm_score judge.model=m judge.budget.money=1", "judge.prompt_price and judge.response_price must"),
         (
             "judge={kind: ensemble, budget: {money: 1}, members: [{kind: python, function: 'a:b'}, {kind: rules}]}",

@@ -141,6 +141,10 @@ class Scoring(Prompted):
     scale_max: int = Field(10, description="The highest.")
     samples: int = Field(1, ge=1, description="It is asked so many times, and the mean counts.")
 
+    def identity(self) -> dict[str, Any]:
+        """Without what says how often it is asked: an answer stays the answer."""
+        return {name: value for name, value in super().identity().items() if name != "samples"}
+
     @model_validator(mode="after")
     def _check_scoring(self) -> Scoring:
         if not 0 < self.scale_max - self.scale_min <= 1000:
@@ -168,6 +172,10 @@ class Comparing(Prompted):
         1.0, gt=0, description="Scores are Bradley-Terry log-strengths, so 1: see the other judges."
     )
 
+    def identity(self) -> dict[str, Any]:
+        """Without what says which pairs are asked for: an answer stays the answer."""
+        return {name: value for name, value in super().identity().items() if name not in ("rank", "orders")}
+
     @property
     def pairwise(self) -> bool:
         return True
@@ -189,8 +197,8 @@ class LlmPairwise(Endpoint, Comparing):
     kind: Literal["llm_pairwise"] = "llm_pairwise"
     soft: bool = Field(
         False,
-        description="Preference is the probability of A against B by the logps of the answer's token; the endpoint "
-        "must give them.",
+        description="Preference is the probability of A against B by the logps of the answer's token, the mean of "
+        "both orders where they agree; the endpoint must give them.",
     )
 
 

@@ -12,6 +12,9 @@ import asyncio
 from online_po.types import Judgement
 
 
+RATIONALES = {"one reason": ("short",), "no text": ("short", 3), "half": ("short \\ud83d", "short")}
+
+
 class Brevity:
     """Short responses first."""
 
@@ -33,6 +36,8 @@ class Brevity:
             return Judgement(prompt_id=group.prompt.id, scores=scores[:-1])
         if self.give == "other":
             return Judgement(prompt_id="another", scores=scores)
+        if self.give in RATIONALES:
+            return Judgement(prompt_id=group.prompt.id, scores=scores, rationales=RATIONALES[self.give])
         return Judgement(prompt_id=group.prompt.id, scores=scores, rationales=("short",) * len(scores))
 
 

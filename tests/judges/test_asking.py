@@ -14,7 +14,7 @@ from judges.runtime import LocalJudgePool, judge_groups
 from judges.store import JudgeStore, prepare
 from online_po.errors import BudgetError, LedgerError
 from online_po.judge_cache import judge_statistics
-from online_po.judge_configs import LlmScore, Python, SelfScore
+from online_po.judge_configs import LlmPairwise, LlmScore, Python, SelfScore
 
 from .clock import run_fast
 from .groups import make_group
@@ -164,6 +164,9 @@ def test_what_makes_a_question_another_one():
 def test_what_makes_a_judge_another_one():
     same = [endpoint(), endpoint(timeout_s=1, attempts=2, base_url="http://x/v1", workers=3)]
     others = [endpoint(temperature=1), LlmScore(model="n"), endpoint(scale_max=5)]
+    # How often and for which pairs it is asked changes no answer.
+    assert Asker(endpoint(temperature=1, samples=3))._judge == Asker(others[0])._judge
+    assert Asker(LlmPairwise(model="m", rank="tournament", orders="one"))._judge == Asker(LlmPairwise(model="m"))._judge
     judges = [Asker(config)._judge for config in [*same, *others]]
     assert judges[0] == judges[1] and len(set(judges)) == 1 + len(others)
     asker = Asker(endpoint())
@@ -221,6 +224,36 @@ def test_an_endpoint_that_stays_away_is_given_up(begin, patience):
     assert "has not answered for" in str(failures[-1]) and "last: refused" in str(failures[-1])
     assert patience <= seconds < patience + 120
     assert len(asked.refused) < BREAK_AFTER + 8 + 20
+
+
+@pytest.mark.parametrize("after", [20.0, 50.0, 120.0])
+def test_who_says_when_to_come_back_is_there_and_left_alone_until_then(after):
+    times: list[float] = []
+
+    async def busy() -> Answer:
+        await asyncio.sleep(0.1)
+        times.append(asyncio.get_running_loop().time() - 1000)
+        if times[-1] < after - 1:
+            raise away("status 429", retry_after=after)
+        return Answer(value=1)
+
+    outcomes = run_fast(_many(Asker(endpoint()), busy, 48))
+    assert [outcome.value for outcome in outcomes] == [1] * 48
+    assert not [time for time in times if 1 < time < after]
+
+
+def test_nobody_gives_up_while_one_tries():
+    begun: list[float] = []
+
+    async def starting() -> Answer:
+        begun.append(asyncio.get_running_loop().time() - 1000)
+        if begun[-1] < 1:
+            raise away()
+        await asyncio.sleep(50)  # loads its weights
+        return Answer(value=1)
+
+    outcomes = run_fast(_many(Asker(endpoint(timeout_s=100)), starting, 48))
+    assert [outcome.value for outcome in outcomes] == [1] * 48
 
 
 def test_single_failures_stop_nobody():
@@ -324,6 +357,15 @@ def test_nothing_is_asked_twice(cache):
     assert judge_statistics(cache, 3)["latency_p50"] is None
 
 
+def test_half_an_emoji_costs_nobody_an_answer(cache):
+    async def says() -> Answer:
+        return Answer(value=1, rationale="good \ud83d")
+
+    (first,) = ask_all(cache, endpoint(), says, range(1))
+    (again,) = ask_all(cache, endpoint(), says, range(1))
+    assert first == again and first.rationale == "good ?"
+
+
 def test_failures_are_counted_and_never_remembered(cache):
     bad = JudgeError("unparsable", "?", prompt_tokens=7, response_tokens=3, cost=0.5)
     asked = Endpoint(bad, away(retry_after=0.0))
@@ -411,6 +453,47 @@ def test_what_is_under_way_is_waited_for_before_the_run_pauses(cache):
     assert sum(answer is not None for answer in asyncio.run(go())) == 3
 
 
+def test_what_was_begun_is_waited_for_too(cache):
+    """The dear question ends the budget; cheap ones behind it are let out in the same breath."""
+    asked = Endpoint(seconds=0.2)
+
+    async def go():
+        store = JudgeStore(cache)
+        asker = Asker(money(money=0.01), store)
+        dear = asyncio.create_task(asker.ask(question(0, text="x" * 200_000), asked))
+        cheap = [asyncio.create_task(asker.ask(question(n), asked)) for n in range(1, 4)]
+        with pytest.raises(BudgetError):
+            await dear
+        assert asked.running == 0
+        outcomes = await asyncio.gather(*cheap, return_exceptions=True)
+        await asyncio.to_thread(store.close)
+        return outcomes
+
+    outcomes = asyncio.run(go())
+    assert sum(isinstance(outcome, Answer) for outcome in outcomes) == len(asked.times)
+
+
+@pytest.mark.parametrize(
+    ("settings", "failures", "asks"),
+    [({"requests_per_minute": 120}, 0, 40), ({}, BREAK_AFTER, 40), ({}, 1, 1)],
+    ids=["for its turn", "for the endpoint", "for another try"],
+)
+def test_who_waits_does_not_hold_up_a_pause(cache, settings, failures, asks):
+    asked = Endpoint(*[away(retry_after=300.0)] * failures)
+
+    async def go():
+        store = JudgeStore(cache)
+        asker = Asker(endpoint(budget={"calls": 100}, concurrency=BREAK_AFTER, **settings), store)
+        waiting = [asyncio.create_task(asker.ask(question(n), asked)) for n in range(asks)]
+        await asyncio.sleep(0.5)
+        await asker.drain()
+        done, late = await asyncio.wait(waiting, timeout=5)
+        await asyncio.to_thread(store.close)
+        return {type(error) for task in done if (error := task.exception())}, len(late)
+
+    assert asyncio.run(go()) == ({BudgetError}, 0)
+
+
 def test_draining(cache):
     slow = Endpoint(seconds=0.2)
 
@@ -462,6 +545,20 @@ def test_members_have_their_own_answers_and_one_budget(cache):
 
     *answers, last = asyncio.run(go())
     assert [answer.value for answer in answers] == [1, 2, 3] and isinstance(last, BudgetError)
+
+
+def test_members_that_are_the_same_judge_ask_once(cache):
+    asked = Endpoint(seconds=0.05)
+
+    async def go():
+        store = JudgeStore(cache)
+        asker = Asker(endpoint(), store)
+        members = [asker.member(endpoint(temperature=1)) for _ in range(2)]
+        answers = await asyncio.gather(*(member.ask(question(), asked) for member in members))
+        await asyncio.to_thread(store.close)
+        return [answer.value for answer in answers]
+
+    assert asyncio.run(go()) == [1, 1] and len(asked.times) == 1
 
 
 # -- through the runtime -------------------------------------------------------------------------------

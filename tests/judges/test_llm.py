@@ -209,6 +209,20 @@ def test_soft_preferences_are_the_mean_of_both_orders():
     assert comparison.preference == pytest.approx((0.8 + 0.6 / 0.9) / 2) and comparison.consistent
 
 
+def test_orders_that_disagree_are_a_tie_however_sure_they_are():
+    def says(asked):
+        sure = 0.9 if asked.blocks[1] == "good" else 0.6  # always of the first
+        tokens = (
+            Token(text="Verdict: ", logps={}),
+            Token(text="A", logps={"A": math.log(sure), "B": math.log(1 - sure)}),
+        )
+        return Reply(text="Verdict: A", is_json=False, tokens=tokens)
+
+    (judgement,), _ = compare(says, make_group("good", "bad"), soft=True, repeats_id=False)
+    assert judgement.comparisons == (Comparison(first=0, second=1, preference=0.5, consistent=False),)
+    assert judgement.scores == (0.0, 0.0)
+
+
 def test_reasons_are_kept_by_response():
     (judgement,), _ = compare(
         lambda asked: asked.verdict("A", reasons=f"{asked.blocks[1]} over {asked.blocks[2]}"),

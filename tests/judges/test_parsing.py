@@ -187,6 +187,7 @@ def test_the_other_letter_is_not_even_listed():
             "not of its answer",
         ),
         (reply('{"verdict": "A"', "}"), "stands inside the token"),
+        (reply('{"verdict": "', "\\u0041", '"}'), "is escaped"),
     ],
 )
 def test_no_probability(found, message):

@@ -49,11 +49,33 @@ def test_a_function_itself():
         ("text", "bad_value", "brevity returned a str, not a Judgement"),
         ("short", "bad_length", "1 scores for 2 responses"),
         ("other", "bad_value", "answered for another prompt, 'another'"),
+        ("one reason", "bad_length", "1 rationales for 2 responses"),
+        ("no text", "bad_value", "rationales that are not all text: ('short', 3)"),
     ],
 )
 def test_what_goes_wrong_is_a_failure(give, kind, message):
     (verdict,) = judge(name="brevity", options={"give": give}, timeout_s=0.5)
     assert verdict.scores is None and verdict.failure.kind == kind and message in verdict.failure.message
+
+
+def test_what_no_file_can_hold_is_no_rationale():
+    (verdict,) = judge(name="brevity", options={"give": "half"})
+    assert verdict.rationales == ("short ?", "short")
+
+
+def test_a_changed_source_is_another_judge(installed):
+    def identity() -> str:
+        sys.modules.pop("judges_for_sale", None)
+        config = Plugin(name="brevity")
+        asker = Asker(config)
+        build_judge(config, asker)
+        return asker._judge
+
+    before = identity()
+    assert identity() == before
+    module = installed / "judges_for_sale.py"
+    module.write_text(module.read_text() + "# changed\n")
+    assert identity() != before
 
 
 def test_it_asks_by_its_asker():

@@ -79,6 +79,7 @@ def test_a_failure_is_no_label_and_too_many_are_an_error(source):
         ({"prompt": "p", "response": 3}, r"line 2: 'response' is a int, not text"),
         ({"response": "x"}, r"line 2 has no 'prompt'"),
         ({"prompt": "p", "chosen": "x"}, r"line 2 has no 'rejected'"),
+        ({"prompt": "p", "response": "x", "note": "\ud83d"}, r"line 2 holds .ud83d, one half of a surrogate pair"),
         ({"prompt": " ", "response": "x"}, r"line 2 has no 'prompt', or an empty one"),
         ({"prompt": "p", "response": "x", "chosen": "x", "rejected": "y"}, r"line 2 has 'response' and 'chosen'; keep"),
     ],

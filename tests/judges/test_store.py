@@ -251,6 +251,20 @@ def test_an_answer_that_cannot_be_read_is_told(cache, store):
     assert asyncio.run(go()) is None
 
 
+def test_one_that_cannot_be_written_takes_no_other_along(cache, store):
+    async def go():
+        busy = store._do(lambda _: time.sleep(0.3), writes=False)  # so that what follows is one transaction
+        tokens = [10**30 if n == 3 else 1 for n in range(8)]
+        finished = [store.finish(ok(prompt_tokens=n), key(str(i)), Answer(value=i)) for i, n in enumerate(tokens)]
+        _, *outcomes = await asyncio.gather(busy, *finished, return_exceptions=True)
+        return outcomes
+
+    assert [type(outcome) for outcome in asyncio.run(go())] == [*[type(None)] * 3, OverflowError, *[type(None)] * 4]
+    with closing(connect(cache)) as connection:
+        assert connection.execute("SELECT count(*) FROM answers").fetchone() == (7,)
+        assert connection.execute("SELECT calls FROM spent").fetchone() == (7,)
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(LedgerError, match="cannot be opened.*a folder that every judge process can write to"):
         JudgeStore(tmp_path / "c.sqlite")
