@@ -140,7 +140,7 @@ def test_bad_answers_fail_at_once(judge, says, kind, message):
 
 def test_a_question_longer_than_the_engine_takes(judge):
     (bad, good), _ = judge(lambda asked, version: asked.verdict(3), make_group("x" * 5000), make_group("fine"))
-    assert bad.failure.kind == "error" and "context of 4000; raise generator.max_model_len" in bad.failure.message
+    assert bad.failure.kind == "too_long" and "context of 4000; raise generator.max_model_len" in bad.failure.message
     assert good.scores == (3.0,)
 
 
