@@ -248,6 +248,10 @@ def test_judge():
         ({"constraints": [{"type": "regex", "pattern": "a("}]}, "pattern is not a regular expression: missing"),
         ({"constraints": [{"type": "regex", "pattern": "a", "present": "no"}]}, "present must be true or false"),
         ({"constraints": [{"type": "valid_json", "schema": {"type": "objekt"}}]}, "schema is not a JSON schema"),
+        (
+            {"constraints": [{"type": "valid_json", "schema": {"items": [{"patternProperties": {"^(a+)+$": {}}}]}}]},
+            "schema has patternProperties.*write propertyNames with a pattern",
+        ),
         ({"constraints": [{"type": "valid_json", "schema": "{"}]}, "schema must be an object, or one as JSON text"),
         ({"constraints": [{"type": "language", "code": "xx"}]}, "language 'xx' is not known; known are "),
         ({"constraints": [{"type": "language", "code": "en", "among": ["de", "fr"]}]}, "it must name 'en'"),
