@@ -84,6 +84,8 @@ class Sandbox:
                 raise SandboxError(f"the kernel refused the sandbox: {item['unconfined']}")
         if reply["end"] == "refused":
             raise SandboxError(reply["why"])
+        if reply["end"] == "killed":
+            raise SandboxError("a confined process was killed from outside; the machine may be out of memory")
         return Reply(end=reply["end"], said=said, why=reply["why"])
 
     def close(self) -> None:

@@ -171,8 +171,10 @@ def _program() -> list[Instruction]:
     for numbers in _UNKNOWN.values():
         program += _case(numbers, [(_RETURN, 0, 0, _ERROR | errno.ENOSYS)])
     program += _case(_CLONE, [_argument(0), (_JUMP_SET, 0, 1, _CLONE_THREAD), _YES, _NO])
-    for numbers in (_KILL, _TGKILL):  # to itself alone
-        program += _case(numbers, [_argument(0), (_JUMP_EQUAL, 0, 1, os.getpid()), _YES, _NO])
+    # To itself alone, and not SIGKILL: that is how it is told that somebody else ended it.
+    for numbers, sent in ((_KILL, 1), (_TGKILL, 2)):
+        other = [_argument(sent), (_JUMP_EQUAL, 1, 0, signal.SIGKILL), _YES, _NO]
+        program += _case(numbers, [_argument(0), (_JUMP_EQUAL, 0, 3, os.getpid()), *other])
     for numbers, index, values in _OWNERS:
         jumps = [(_JUMP_EQUAL, len(values) - place, 0, value) for place, value in enumerate(values)]
         program += _case(numbers, [_argument(index), *jumps, _YES, _NO])

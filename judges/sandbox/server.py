@@ -138,6 +138,7 @@ class Child:
     deadline: float
     said: bytearray = field(default_factory=bytearray)
     late: bool = False
+    flooded: bool = False
 
 
 class Server:
@@ -261,6 +262,7 @@ class Server:
                 return
             child.said += chunk
             if len(child.said) > MAX_SAID:
+                child.flooded = True
                 os.kill(child.pid, signal.SIGKILL)
                 self.selector.unregister(child.reads)
                 return
@@ -283,6 +285,8 @@ class Server:
             end = "late"
         elif os.WIFSIGNALED(status) and spent >= child.seconds - 0.5:
             end = "cpu"
+        elif os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and not child.flooded:
+            end = "killed"  # not by itself, which it cannot
         elif status:
             end = "died"
         head = f"{child.nonce} ".encode()

@@ -43,6 +43,7 @@ def error_of(reply):
         ("import os; os.execv('/bin/true', ['true'])", "PermissionError"),
         ("import os; os.kill(os.getppid(), 9)", "PermissionError"),
         ("import os; os.kill(-1, 9)", "PermissionError"),
+        ("import os; os.kill(os.getpid(), 9)", "PermissionError"),
         ("import fcntl, os; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())", "PermissionError"),
         ("import fcntl, os; fcntl.ioctl(os.pipe()[0], 0x8901, os.getppid().to_bytes(4, 'little'))", "PermissionError"),
         ("import os; os.sched_setaffinity(os.getppid(), {0})", "PermissionError"),
@@ -194,6 +195,23 @@ def test_nothing_is_left_behind():
     assert os.listdir(made) == [] and process.children() == []
     fresh.close()
     assert not made.exists() and not process.is_running()
+
+
+def test_a_child_that_somebody_kills_is_no_failed_test():
+    """The kernel does, where the machine is out of memory: nothing is known of the response."""
+    fresh = Sandbox("code")
+    try:
+        run(fresh, "")
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(run, fresh, "import time; time.sleep(60)", wall=60)
+            children = psutil.Process(fresh._process.pid).children
+            while not children():
+                pass
+            children()[0].kill()
+            with pytest.raises(SandboxError, match="killed from outside"):
+                waiting.result(30)
+    finally:
+        fresh.close()
 
 
 def test_it_starts_again_when_it_died():
