@@ -109,7 +109,8 @@ def _stored(folder: Path, name: str) -> torch.Tensor:
 
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            if name in file.keys():
+            names = file.keys()
+            if name in names:
                 return file.get_tensor(name)
     raise ConfigError(f"{SETTING} is {str(folder)!r}, whose .safetensors files hold no {name}")
 
