@@ -32,6 +32,8 @@ class GeneratorReplica:
     def __init__(self, replica: int, config: Config) -> None:
         self._replica, self._config = replica, config
         self._engine: Engine
+        self._held: tuple[Policy, Probe] | None = None
+        """What it samples with; None before the first sync."""
         self._lost: SyncError | None = None
 
     def start(self) -> str:
@@ -67,22 +69,35 @@ class GeneratorReplica:
     ) -> tuple[list[Group], SyncReport | None]:
         """One group a request, by that policy's weights. Where it holds others, these are loaded for it, with a report,
         and the others put back. Raises SyncError, then and for all that it is asked later, if they do not come back."""
+        if self._lost is not None:
+            raise self._lost
         if policy.version == self._engine.version:
             return self._answer(requests, sampling), None
-        report, _ = self._load(policy, probe)
         try:
+            report, _ = self._load(policy, probe)
             return self._answer(requests, sampling), report
         finally:
-            _, said = self._load(*self._held)
-            gaps = [abs(now - then) for now, then in zip(said, self._said, strict=True)]
-            off = sum(gaps) / len(gaps)
-            if not off <= SAME_WEIGHTS:  # written so that a NaN fails
-                self._lost = SyncError(
-                    f"generator replica {self._replica} answered as policy {policy.version}, but is not policy "
-                    f"{self._held[0].version} again: log-probabilities of the probe are off by {off:.4g} nats on "
-                    "average. Set judge.policy: current, and report this with the versions in run.json"
-                )
-                raise self._lost
+            self._put_back(policy.version)
+
+    def _put_back(self, answered: int) -> None:
+        """Loads what it samples with; nothing more is sampled or answered if that fails."""
+        if self._held is None:
+            return
+        what = (
+            f"generator replica {self._replica} answered as policy {answered}, but is not policy "
+            f"{self._held[0].version} again"
+        )
+        self._lost = SyncError(what)
+        _, said = self._load(*self._held)
+        gaps = [abs(now - then) for now, then in zip(said, self._said, strict=True)]
+        off = sum(gaps) / len(gaps)
+        if not off <= SAME_WEIGHTS:  # written so that a NaN fails
+            self._lost = SyncError(
+                f"{what}: log-probabilities of the probe are off by {off:.4g} nats on average. Set judge.policy: "
+                "current, and report this with the versions in run.json"
+            )
+            raise self._lost
+        self._lost = None
 
     def _answer(self, requests: Sequence[Request], sampling: SamplingConfig) -> list[Group]:
         groups: dict[int, Group] = {}

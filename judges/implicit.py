@@ -17,7 +17,15 @@ from judges.reward_files import context_of
 from online_po.errors import ConfigError, first_line
 from online_po.given import ResponseEncoder
 from online_po.judge_configs import Implicit
-from online_po.model_config import adapter_base, find_checkpoint, is_adapter, load_tokenizer, read_model_config
+from online_po.model_config import (
+    adapter_base,
+    adapter_base_name,
+    find_checkpoint,
+    is_adapter,
+    load_tokenizer,
+    read_model_config,
+)
+from online_po.model_content import content_hash
 from online_po.types import Group, Judgement, Message
 
 if TYPE_CHECKING:
@@ -58,6 +66,8 @@ def read_checkpoints(config: Implicit) -> Checkpoints:
     for name, folder in zip(NAMES, (checkpoint, reference), strict=True):
         if not list(folder.glob("*.safetensors")):
             raise ConfigError(f"judge.{name} is {str(folder)!r}, which holds no .safetensors file; save it as such")
+    if is_adapter(checkpoint):
+        _require_trained_on(config, checkpoint, checkpoint_base)
     tokenizer, other = (
         load_tokenizer(folder, getattr(config, name), setting=f"judge.{name}")
         for name, folder in zip(NAMES, (checkpoint_base, reference_base), strict=True)
@@ -73,6 +83,18 @@ def read_checkpoints(config: Implicit) -> Checkpoints:
         tokenizer=tokenizer,
         context=shared_context(config, (checkpoint_base, reference_base)),
     )
+
+
+def _require_trained_on(config: Implicit, adapter: Path, base: Path) -> None:
+    """Raises ConfigError where an adapter names another local model than it would be put on; one that is not there
+    (any more) cannot be compared."""
+    named = Path(adapter_base_name(adapter, "judge.path")[0])
+    if named.is_dir() and named.resolve() != base and content_hash(named) != content_hash(base):
+        raise ConfigError(
+            f"judge.path is {config.path!r}, an adapter of {str(named)!r}, but judge.reference is "
+            f"{config.reference!r}, another model; give the adapter's own, or merge the adapter into it (peft: "
+            "merge_and_unload, then save_pretrained) and give that folder"
+        )
 
 
 def shared_context(config: Implicit, bases: tuple[Path, Path]) -> int:

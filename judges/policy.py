@@ -57,13 +57,12 @@ class PolicyModel:
         """See `judges.chat.ChatModel`: the generators are the run's."""
 
     async def ask(self, messages: list[Message], version: int, seed: int) -> Reply:
-        """See `judges.chat.Chat`. Raises JudgeError: error for a question that is too long, unparsable for half an
-        answer."""
+        """See `judges.chat.Chat`. Raises JudgeError: too_long for a question, unparsable for half an answer."""
         text = render(messages, self._tokenizer)
         token_ids = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         if len(token_ids) + self._config.max_tokens > self._policies.context:
             raise JudgeError(
-                "error",
+                "too_long",
                 f"a question of {len(token_ids)} tokens and judge.max_tokens = {self._config.max_tokens} are more than "
                 f"the engine's context of {self._policies.context}; raise generator.max_model_len as far as the model "
                 "goes, or lower generator.max_tokens",

@@ -91,6 +91,12 @@ def _check_architecture(config: RewardModel, settings: Any, written: str) -> boo
             f"{written}, a classifier with {settings.num_labels} labels; which of them is the reward is not known, so "
             "give a model with one (num_labels: 1), trained on preferences"
         )
+    text = settings.get_text_config()
+    if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        raise ConfigError(
+            f"{written}, whose tokens attend to later ones, so also to padding: a score would depend on what else is "
+            "in its batch; give a causal model"
+        )
     return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from judges.reward_files import SETTING, RewardFiles
@@ -53,10 +54,14 @@ class TransformersScorer:
         self._device, dtype = device_and_dtype(config.dtype)
         self._letters = files.letters
         self._model: Any = _load(files, dtype, config.path).to(self._device)
-        head = self._model.score if files.letters is None else self._model.get_output_embeddings()
-        rows = slice(None) if files.letters is None else list(files.letters)
-        self._weight = head.weight.detach()[rows].float()  # (1, D) or (2, D)
-        self._bias = None if head.bias is None else head.bias.detach()[rows].float()
+        self._bias = None  # classifiers' heads have none
+        if files.letters is None:
+            # As stored: the loaded one is rounded to the layers' type.
+            self._weight = _stored(files.folder, "score.weight").to(self._device, torch.float32)  # (1, D)
+        else:
+            head, rows = self._model.get_output_embeddings(), list(files.letters)
+            self._weight = head.weight.detach()[rows].float()  # (2, D)
+            self._bias = None if head.bias is None else head.bias.detach()[rows].float()
         self._backbone = getattr(self._model, self._model.base_model_prefix)
         self._inference = torch.inference_mode
         self.batch_tokens: int | None = config.batch_tokens or default_batch_tokens(self._device)
@@ -96,6 +101,18 @@ def device_and_dtype(wanted: str) -> tuple[torch.device, torch.dtype]:
 def default_batch_tokens(device: torch.device) -> int:
     """What `judge.batch_tokens: null` means."""
     return 1 if device.type == "cpu" else 16384
+
+
+def _stored(folder: Path, name: str) -> torch.Tensor:
+    """A tensor of a model's weight files, in which it is."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            if name in names:
+                return file.get_tensor(name)
+    raise ConfigError(f"{SETTING} is {str(folder)!r}, whose .safetensors files hold no {name}")
 
 
 def _load(files: RewardFiles, dtype: torch.dtype, written: str) -> Any:

@@ -27,9 +27,9 @@ def krippendorff_alpha(ratings: Sequence[Sequence[float | None]]) -> float | Non
     if total == 0:
         return None
     values = table[~np.isnan(table)]
-    expected = 2 * total * float(((values - values.mean()) ** 2).sum()) / (total * (total - 1))
-    if expected == 0:
+    if values.min() == values.max():
         return None
+    expected = 2 * total * float(((values - values.mean()) ** 2).sum()) / (total * (total - 1))
     # The squares of all differences within a unit sum to 2 m times those to its mean.
     spread = np.nansum((table - np.nanmean(table, axis=0)) ** 2, axis=0)
     observed = float((2 * counts * spread / (counts - 1)).sum()) / total

@@ -19,7 +19,16 @@ from online_po.errors import ConfigError
 from online_po.example_checks import check_examples
 from online_po.example_configs import LabelsConfig, PairsConfig
 from online_po.guard_configs import GuardsConfig, check_guards
-from online_po.judge_configs import JUDGE_BY_KIND, JudgeBase, JudgeConfig, Member, Rules, self_judges
+from online_po.judge_configs import (
+    JUDGE_BY_KIND,
+    JudgeBase,
+    JudgeConfig,
+    Member,
+    RewardModel,
+    Rules,
+    self_judges,
+    single_judges,
+)
 from online_po.loss_checks import check_losses
 from online_po.loss_configs import LOSS_BY_NAME, LossBase, LossName, Sigmoid
 from online_po.reference_configs import BetaControlConfig, ReferenceConfig
@@ -194,6 +203,18 @@ class Config(Section):
                     f"judge.workers is {self.judge.workers}, but judge.kind {judge.kind} asks the generators and "
                     "has no processes of its own; drop it, and see generator.replicas"
                 )
+            for name in ("judge_cpus", "judge_gpus"):
+                if value := getattr(self.ray, name):
+                    raise ValueError(
+                        f"ray.{name} is {value:g}, but beside judge.kind {judge.kind} there are no judge processes: "
+                        "all members of its ensemble run in the driver; drop it"
+                    )
+            for member in single_judges(self.judge):
+                if isinstance(member, RewardModel) and member.engine == "vllm":
+                    raise ValueError(
+                        f"judge.members: a reward_model of engine vllm needs judge processes, but beside {judge.kind} "
+                        "there are none; set its engine: transformers"
+                    )
             if isinstance(judge.policy, int) and judge.policy >= self.loop.rounds:
                 raise ValueError(
                     f"judge.policy is {judge.policy}, but loop.rounds is {self.loop.rounds}: no round is sampled by a "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +78,19 @@ def _require_one_better(rows: Sequence[PairRow]) -> None:
         places[asked, row.chosen, row.rejected] = row.where
 
 
-def trial_groups(pairs: Sequence[PairRow]) -> list[Group]:
+def trial_groups(pairs: Sequence[PairRow], version: int = 0) -> list[Group]:
     """One group a pair, of two responses; the better one is `responses[better(place)]`.
 
-    Texts only: there are no token ids, for no policy sampled them.
+    Texts only: there are no token ids, for no policy sampled them. `version`: the policy version that they pass for,
+    so that a judge that is the policy judges them as it judges that policy's own.
     """
     groups = []
     for place, pair in enumerate(pairs):
         texts = (pair.rejected, pair.chosen) if better(place) else (pair.chosen, pair.rejected)
         name = stable_id([pair.messages, pair.metadata])
         prompt = Prompt(id=name, messages=tuple(pair.messages), text="", token_ids=(), metadata=dict(pair.metadata))
-        groups.append(Group(prompt=prompt, responses=tuple(text_response(i, text) for i, text in enumerate(texts))))
+        responses = tuple(replace(text_response(i, text), policy_version=version) for i, text in enumerate(texts))
+        groups.append(Group(prompt=prompt, responses=responses))
     return groups
 
 
@@ -182,7 +184,8 @@ def calibrate(parts: Parts, round_: int) -> None:
         return
     with parts.observer.phase("calibrate", round_):
         # Asked anew: what is remembered is what it said before.
-        answers = parts.judges.submit(trial_groups(parts.known), round_, occasion=f"calibration {round_}").result()
+        groups = trial_groups(parts.known, round_)
+        answers = parts.judges.submit(groups, round_, occasion=f"calibration {round_}").result()
         trial = assess(parts.known, answers)
         alarm = has_fallen(first["accuracy"], trial.accuracy, config.calibration.max_drop)
         ledger.write_judge_trial(round_, trial.as_dict() | {"alarm": alarm})

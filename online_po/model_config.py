@@ -59,10 +59,16 @@ def is_adapter(folder: str | Path) -> bool:
 
 def adapter_base(folder: str | Path, setting: str) -> Path:
     """The folder of the model that an adapter was trained on. Raises ConfigError where it is not there any more."""
+    written, revision = adapter_base_name(folder, setting)
+    return find_model(written, revision, f"{setting}: base_model_name_or_path of its {ADAPTER_CONFIG}")
+
+
+def adapter_base_name(folder: str | Path, setting: str) -> tuple[str, str | None]:
+    """(folder or hub name, revision) of the model that an adapter says it was trained on. Raises ConfigError."""
     try:
-        written = json.loads((Path(folder) / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-        return find_model(written, None, f"{setting}: base_model_name_or_path of its {ADAPTER_CONFIG}")
-    except (ValueError, KeyError, AttributeError) as error:
+        settings = json.loads((Path(folder) / ADAPTER_CONFIG).read_text())
+        return str(settings["base_model_name_or_path"]), settings.get("revision")
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{setting} is {str(folder)!r}, whose {ADAPTER_CONFIG} names no model: {error}") from error
 
 

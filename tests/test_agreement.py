@@ -36,6 +36,7 @@ def test_published_examples(ratings, alpha):
         ([[0, 1, 2], [0, 1, 2]], 1.0),
         ([[0, 1], [1, 0]], -0.5),  # observed 1, expected 2/3
         ([[1, 1], [1, 1]], None),
+        ([[0.1] * 3, [0.1] * 3], None),  # their mean is rounded
         ([[1, None], [None, 2]], None),
         ([], None),
         ([[], []], None),

@@ -167,7 +167,8 @@ class DriftingJudge(FakeJudge):
     """Gets known pairs right until the third round, then wrong."""
 
     def submit(self, groups, round_=0, occasion=""):
-        self.occasions.append((round_, occasion))
+        versions = {response.policy_version for group in groups for response in group.responses}
+        self.occasions.append((round_, occasion, versions))
         self.tie = bool(occasion) and round_ >= 3
         return super().submit(groups, round_)
 
@@ -192,4 +193,6 @@ def test_a_judge_that_drifts_is_told_of_while_the_run_goes_on(tmp_path):
     assert found[4]["accuracy"] == 0.5 and found[4]["alarm"]
     (alarm,) = (text for text in said if text.startswith("ALARM"))
     assert "fell by 50% since the run began, more than judge.calibration.max_drop = 0.2" in alarm
-    assert (4, "calibration 4") in parts.judges.occasions
+    # By the policy of now, where the judge is the policy.
+    tried = [(round_, versions) for round_, occasion, versions in parts.judges.occasions if occasion]
+    assert (4, "calibration 4", {4}) in parts.judges.occasions and tried == [(2, {2}), (4, {4})]

@@ -9,8 +9,11 @@ Check = tuple[float, str, object]
 
 OWN_WORDS = 3
 """Words a response needs besides the phrase or keywords it was given."""
-WORD = re.compile(r"\S*\w\S*")
-_FENCED = re.compile(r"^ {0,3}```[^\n`]*\n(.*?)^ {0,3}```[ \t]*$", re.DOTALL | re.MULTILINE)
+WORD = re.compile(r"(?<!\S)[^\w\s]*+\w\S*")
+"""What stands between white space and has a letter or digit. Like all patterns here it takes time linear in the text:
+policies that collapse write pages of exclamation marks."""
+_OPENS = re.compile(r" {0,3}```[^`]*")
+_CLOSES = re.compile(r" {0,3}```[ \t]*")
 
 
 def fewer(faults: int) -> float:
@@ -33,4 +36,13 @@ def counted(n: int, one: str, many: str) -> str:
 
 def fenced_blocks(text: str) -> list[str]:
     """What stands between lines of three backticks, the language aside; a block that never ends is none."""
-    return _FENCED.findall(text)
+    blocks, inside = list[str](), None
+    for line in text.split("\n"):
+        if inside is None:
+            inside = list[str]() if _OPENS.fullmatch(line) else None
+        elif _CLOSES.fullmatch(line):
+            blocks.append("".join(inside))
+            inside = None
+        else:
+            inside.append(f"{line}\n")
+    return blocks

@@ -10,7 +10,7 @@ from judges.rules.base import WORD, Check, counted, fewer, within
 
 _BULLET = re.compile(r"\s*[-*•]\s+\S")
 _NUMBERED = re.compile(r"\s*\d+[.)]\s+\S")
-_SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)")
+_SENTENCE_END = re.compile(r"(?<![.!?])[.!?]++[\"')\]]*+(?=\s|$)")
 
 
 def lowercase(text: str) -> Check:

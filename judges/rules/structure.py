@@ -41,9 +41,14 @@ def valid_json(text: str, *, schema: dict[str, Any] | None = None) -> Check:
 
 
 def check_valid_json(parameters: dict[str, Any]) -> None:
-    """Raises ConfigError for a schema that is none."""
+    """Raises ConfigError for a schema that is none, or whose patterns nobody can bound in time."""
     if "schema" not in parameters:
         return
+    if "patternProperties" in _names(parameters["schema"]):
+        raise ConfigError(
+            "schema has patternProperties, and a pattern on names that a response chose may take for ever; write "
+            "propertyNames with a pattern, and additionalProperties for their values"
+        )
     from jsonschema.exceptions import SchemaError
 
     try:
@@ -67,6 +72,14 @@ def _validator(schema: str) -> Any:
     kind = validators.validator_for(read, default=validators.Draft202012Validator)
     kind.check_schema(read)
     return validators.extend(kind, {"pattern": pattern})(read, registry=Registry())
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Names of all objects within."""
+    if isinstance(value, dict):
+        yield from value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _names(inner)
 
 
 def _read(text: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -47,6 +48,8 @@ class Sandbox:
     def __init__(self, mode: Mode) -> None:
         self._mode = mode
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        """Of its own: who writes may wait for the process, which may wait for its replies to be taken."""
         self._process: subprocess.Popen[bytes] | None = None
         """None: not started, or it ended."""
         self._folder = ""
@@ -65,12 +68,11 @@ class Sandbox:
             self._asked += 1
             request = {"id": self._asked, "task": task, "seconds": seconds, "memory": MEMORY, "wall": wall}
             self._pending[self._asked] = answer
-            assert process.stdin is not None
-            try:
-                process.stdin.write(json.dumps(request).encode() + b"\n")
-                process.stdin.flush()
-            except OSError:  # it just died: `_read` says so to all who wait
-                pass
+        assert process.stdin is not None
+        # If it just died, `_read` says so to all who wait.
+        with self._writing, contextlib.suppress(OSError):
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
         try:
             reply = answer.result(wall + _PATIENCE)
         except FutureTimeout as error:
@@ -82,6 +84,8 @@ class Sandbox:
                 raise SandboxError(f"the kernel refused the sandbox: {item['unconfined']}")
         if reply["end"] == "refused":
             raise SandboxError(reply["why"])
+        if reply["end"] == "killed":
+            raise SandboxError("a confined process was killed from outside; the machine may be out of memory")
         return Reply(end=reply["end"], said=said, why=reply["why"])
 
     def close(self) -> None:
@@ -122,6 +126,8 @@ class Sandbox:
         """Hands out replies until the process ends; then all who still wait are told, and its folder goes."""
         assert process.stdout is not None
         for line in process.stdout:
+            if not line.endswith(b"\n"):
+                break  # it died over it
             reply = json.loads(line)
             with self._lock:
                 answer = self._pending.pop(reply["id"])

@@ -3,8 +3,9 @@
 What holds afterwards, also for root, in containers and without privileges:
 - files: reading only in the interpreter's, its libraries' and the system's folders (Landlock); writing only in one
   folder. Modes, owners, times and attributes of files cannot be changed at all (seccomp).
-- network: no socket of any kind (seccomp).
-- processes: none is started, no program is run, nobody else gets a signal, is traced or read; threads may be (seccomp).
+- network: no socket, but for pairs that are connected to each other for good (seccomp).
+- processes: none is started, no program is run, nobody else gets a signal, is traced, read or moved to other cores;
+  threads may be (seccomp).
 - resources: CPU time, memory, size of a file, open files (rlimits), which cannot be raised again.
 - privileges: no capability, none to be had.
 
@@ -50,8 +51,11 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434),
     "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438), "unshare": (272, 97), "setns": (308, 268),
     "io_uring_setup": (425, 425), "bpf": (321, 280), "userfaultfd": (323, 282), "perf_event_open": (298, 241),
-    "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218), "shmget": (29, 194), "semget": (64, 190),
-    "msgget": (68, 186), "mq_open": (240, 180), "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53),
+    "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218), "shmget": (29, 194), "shmat": (30, 196),
+    "shmctl": (31, 195), "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192),
+    "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "mq_open": (240, 180),
+    "mq_unlink": (241, 181), "sched_setaffinity": (203, 122), "sched_setparam": (142, 118), "ioprio_set": (251, 30),
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53),
     "fchmodat2": (452, 452), "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54),
     "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
     "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
@@ -64,7 +68,12 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
 # Answered as by a kernel that has not got them, so that the C library takes the older call.
 _UNKNOWN = {"clone3": (435, 435), "openat2": (437, 437)}
 _CLONE, _OPEN, _OPENAT, _KILL, _TGKILL, _PRLIMIT = (56, 220), (2, None), (257, 56), (62, 129), (234, 131), (302, 261)
-_CAPSET = (126, 91)
+_CAPSET, _SOCKETPAIR = (126, 91), (53, 199)
+# Calls that ask for a signal to whomever: number, argument that says what is asked, its values.
+_OWNERS: list[tuple[tuple[int, int], int, tuple[int, ...]]] = [
+    ((72, 25), 1, (8, 15)),  # fcntl: F_SETOWN, F_SETOWN_EX
+    ((16, 29), 1, (0x8901, 0x8902)),  # ioctl: FIOSETOWN, SIOCSPGRP
+]
 _CLONE_THREAD = 0x10000
 _LOAD, _AND, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_SET, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERROR, _KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
@@ -162,8 +171,16 @@ def _program() -> list[Instruction]:
     for numbers in _UNKNOWN.values():
         program += _case(numbers, [(_RETURN, 0, 0, _ERROR | errno.ENOSYS)])
     program += _case(_CLONE, [_argument(0), (_JUMP_SET, 0, 1, _CLONE_THREAD), _YES, _NO])
-    for numbers in (_KILL, _TGKILL):  # to itself alone
-        program += _case(numbers, [_argument(0), (_JUMP_EQUAL, 0, 1, os.getpid()), _YES, _NO])
+    # To itself alone, and not SIGKILL: that is how it is told that somebody else ended it.
+    for numbers, sent in ((_KILL, 1), (_TGKILL, 2)):
+        other = [_argument(sent), (_JUMP_EQUAL, 1, 0, signal.SIGKILL), _YES, _NO]
+        program += _case(numbers, [_argument(0), (_JUMP_EQUAL, 0, 3, os.getpid()), *other])
+    for numbers, index, values in _OWNERS:
+        jumps = [(_JUMP_EQUAL, len(values) - place, 0, value) for place, value in enumerate(values)]
+        program += _case(numbers, [_argument(index), *jumps, _YES, _NO])
+    # Of AF_UNIX and SOCK_STREAM: other pairs can be pointed at sockets outside.
+    stream = [_argument(1), (_AND, 0, 0, 0xF), (_JUMP_EQUAL, 0, 1, 1), _YES, _NO]
+    program += _case(_SOCKETPAIR, [_argument(0), (_JUMP_EQUAL, 0, 4, 1), *stream])
     # To read limits, not to set them: no third argument, in both halves.
     no_third = [_argument(2), (_JUMP_EQUAL, 0, 3, 0), (_LOAD, 0, 0, 36), (_JUMP_EQUAL, 0, 1, 0), _YES, _NO]
     program += _case(_PRLIMIT, no_third)

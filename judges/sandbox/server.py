@@ -26,8 +26,8 @@ from typing import Any
 
 from judges.sandbox.confine import confine, end_with_parent
 
-MAX_SAID = 1 << 16
-"""Bytes that a child may say; more ends it."""
+MAX_SAID = 4 << 20
+"""Bytes that a child may say; more ends it. Thousands of tests take less."""
 FILE_SIZE = 10 << 20
 MAX_NOTE = 120
 """Characters of an error's text."""
@@ -138,6 +138,7 @@ class Child:
     deadline: float
     said: bytearray = field(default_factory=bytearray)
     late: bool = False
+    flooded: bool = False
 
 
 class Server:
@@ -253,7 +254,7 @@ class Server:
         """Takes in what a child says."""
         while True:
             try:
-                chunk = os.read(child.reads, MAX_SAID)
+                chunk = os.read(child.reads, 1 << 16)
             except BlockingIOError:
                 return
             if not chunk:
@@ -261,6 +262,7 @@ class Server:
                 return
             child.said += chunk
             if len(child.said) > MAX_SAID:
+                child.flooded = True
                 os.kill(child.pid, signal.SIGKILL)
                 self.selector.unregister(child.reads)
                 return
@@ -283,6 +285,8 @@ class Server:
             end = "late"
         elif os.WIFSIGNALED(status) and spent >= child.seconds - 0.5:
             end = "cpu"
+        elif os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and not child.flooded:
+            end = "killed"  # not by itself, which it cannot
         elif status:
             end = "died"
         head = f"{child.nonce} ".encode()

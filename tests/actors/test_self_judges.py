@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import ray
@@ -11,7 +12,7 @@ from actors.generators import GeneratorGroup, GeneratorReplica
 from make_tiny_model import make_tiny_model
 from online_po.errors import SyncError
 from online_po.sections import SamplingConfig
-from online_po.types import Policy
+from online_po.types import Policy, Probe
 from tests.actors.engines import by_chunk, make_config, make_probe, make_request
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -91,3 +92,59 @@ def test_a_replica_that_does_not_come_back_samples_nothing_more(tiny_model, poli
         replica.answer(REQUESTS, SAMPLING, *policies[2])
     with pytest.raises(SyncError, match="is not policy 1 again"):
         next(replica.generate(REQUESTS, SAMPLING))
+    with pytest.raises(SyncError, match="is not policy 1 again"):
+        replica.answer(REQUESTS, SAMPLING, *policies[1])
+
+
+class FakeEngine:
+    """Holds numbers for weights: a policy's version, unless its folder is missing."""
+
+    version, weights = 0, 0
+
+    def load(self, policy):
+        self.weights = None  # the old ones go before the new ones come
+        if policy.path.name == "missing":
+            raise OSError("no such folder")
+        self.version = self.weights = policy.version
+
+    def token_logps(self, token_ids):
+        return [-float(self.weights)] * 2
+
+    def generate(self, requests, sampling):
+        yield {place: f"by {self.weights}" for place in range(len(requests))}
+
+
+def fake(version, name=""):
+    return Policy(version=version, path=Path(name)), Probe(token_ids=(1, 2, 3), token_logps=(-float(version),) * 2)
+
+
+def replica_of(engine, monkeypatch):
+    replica = GeneratorReplica(0, None)
+    monkeypatch.setattr(replica, "_engine", engine, raising=False)
+    return replica
+
+
+def test_weights_that_do_not_load_leave_the_sampling_ones_in_place(monkeypatch):
+    replica = replica_of(FakeEngine(), monkeypatch)
+    replica.sync(*fake(2))
+    with pytest.raises(SyncError, match="could not load policy 1"):
+        replica.answer(["q"], SAMPLING, *fake(1, "missing"))
+    assert list(replica.generate(["q"], SAMPLING)) == [{0: "by 2"}]
+
+
+def test_sampling_weights_that_do_not_load_again_end_it_all(monkeypatch):
+    replica = replica_of(FakeEngine(), monkeypatch)
+    replica.sync(*fake(2))
+    monkeypatch.setattr(replica, "_held", fake(2, "missing"))
+    with pytest.raises(SyncError, match="could not load policy 2"):
+        replica.answer(["q"], SAMPLING, *fake(1))
+    for ask in (lambda: next(replica.generate(["q"], SAMPLING)), lambda: replica.answer(["q"], SAMPLING, *fake(2))):
+        with pytest.raises(SyncError, match="answered as policy 1, but is not policy 2 again"):
+            ask()
+
+
+def test_before_the_first_sync_there_is_nothing_to_put_back(monkeypatch):
+    """A resumed run may try its judge before it samples."""
+    replica = replica_of(FakeEngine(), monkeypatch)
+    groups, report = replica.answer(["q"], SAMPLING, *fake(3))
+    assert groups == ["by 3"] and report.policy_version == 3 and report.mean_logp_error == 0

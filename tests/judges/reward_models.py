@@ -109,6 +109,10 @@ BAD: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         lambda m, f: copy_of(m, f, architectures=["LlamaForCausalLM"]),
         r"a LlamaForCausalLM; .*judge\.compares: true.*judge\.kind: llm_score",
     ),
+    "looks ahead": (
+        lambda m, f: copy_of(m, f, is_causal=False),
+        r"attend to later ones, so also to padding.*causal model",
+    ),
     "no safetensors": (no_safetensors, r"holds no \.safetensors file.*can execute code"),
     "adapter": (adapter, r"an adapter; merge it .*merge_and_unload"),
     "no config": (no_config, r"judge\.path is .*without config\.json"),

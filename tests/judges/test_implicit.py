@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 
 from judges.asking import Asker, Question
@@ -14,6 +15,7 @@ from judges.implicit import ImplicitJudge
 from judges.runtime import build_judge, check_judge, check_judge_fits, judge_groups
 from online_po.errors import ConfigError
 from online_po.judge_configs import Ensemble, Implicit
+from online_po.model_config import adapter_base
 from online_po.types import Group, Policy, Prompt, Response
 from tests.actors.engines import make_adapter, teacher_forced
 
@@ -149,8 +151,25 @@ def test_an_adapter_that_does_not_fit(tmp_path, tiny_model, adapters):
     from make_tiny_model import make_tiny_model
 
     wide = make_tiny_model(tmp_path / "wide", hidden=96)
+    stray = without_its_base(adapters[0], tmp_path / "stray")
     with pytest.raises(ConfigError, match=r"judge\.path is .*an adapter that does not fit its model"):
-        build_judge(Implicit(path=str(adapters[0]), reference=str(wide)))
+        build_judge(Implicit(path=str(stray), reference=str(wide)))
+
+
+def without_its_base(adapter, folder):
+    """A copy that names a model that is not there any more."""
+    shutil.copytree(adapter, folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "/elsewhere"
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_an_adapter_goes_on_no_other_model_than_its_own(tmp_path, tiny_model, trained, adapters):
+    with pytest.raises(ConfigError, match=r"judge\.path is .*an adapter of .*judge\.reference is .*another model"):
+        check_judge(Implicit(path=str(adapters[0]), reference=str(trained)))
+    moved = shutil.copytree(tiny_model, tmp_path / "moved")
+    check_judge(Implicit(path=str(adapters[0]), reference=str(moved)))
 
 
 def test_identity_is_by_content(tmp_path, tiny_model, trained, adapters):
@@ -160,9 +179,15 @@ def test_identity_is_by_content(tmp_path, tiny_model, trained, adapters):
     for source in (trained, adapters[0]):
         moved = shutil.copytree(source, tmp_path / source.name)
         assert identity(moved, tiny_model) == identity(source, tiny_model)
-    settings = json.loads((tmp_path / adapters[0].name / "adapter_config.json").read_text())
-    settings["base_model_name_or_path"] = "/elsewhere"
-    (tmp_path / adapters[0].name / "adapter_config.json").write_text(json.dumps(settings))
-    assert identity(tmp_path / adapters[0].name, tiny_model) == identity(adapters[0], tiny_model)
+    stray = without_its_base(adapters[0], tmp_path / "stray")
+    assert identity(stray, tiny_model) == identity(adapters[0], tiny_model)
     assert identity(adapters[0], tiny_model) != identity(adapters[1], tiny_model)
     assert identity(trained, tiny_model) != identity(trained, tiny_model, beta=0.2)
+
+
+def test_an_adapter_s_base_is_the_revision_it_was_trained_on(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "organisation/name", "revision": "v2"})
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, revision, **_: f"/{name}/{revision}")
+    assert str(adapter_base(tmp_path, "judge.reference")) == "/organisation/name/v2"

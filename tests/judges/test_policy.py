@@ -140,7 +140,7 @@ def test_bad_answers_fail_at_once(judge, says, kind, message):
 
 def test_a_question_longer_than_the_engine_takes(judge):
     (bad, good), _ = judge(lambda asked, version: asked.verdict(3), make_group("x" * 5000), make_group("fine"))
-    assert bad.failure.kind == "error" and "context of 4000; raise generator.max_model_len" in bad.failure.message
+    assert bad.failure.kind == "too_long" and "context of 4000; raise generator.max_model_len" in bad.failure.message
     assert good.scores == (3.0,)
 
 
@@ -176,7 +176,7 @@ def test_outside_of_a_run_there_is_no_policy():
 # -- settings ------------------------------------------------------------------------------------------
 
 
-def parse(tmp_path, **judge):
+def parse(tmp_path, ray=None, **judge):
     return Config.parse(
         {
             "run": {"name": "r", "dir": str(tmp_path)},
@@ -184,6 +184,7 @@ def parse(tmp_path, **judge):
             "prompts": {"path": "p.jsonl", "heldout_size": 4},
             "loop": {"rounds": 3},
             "judge": judge,
+            "ray": ray or {},
         }
     )
 
@@ -193,6 +194,20 @@ def test_self_judges_are_found_in_ensembles(tmp_path):
     members = [{"kind": "rules"}, {"kind": "self_score"}]
     assert self_judges(parse(tmp_path, kind="ensemble", members=members, normalise="none").judge) == [SelfScore()]
     assert self_judges(parse(tmp_path, kind="rules").judge) == []
+
+
+@pytest.mark.parametrize(
+    ("ray", "engine", "message"),
+    [
+        ({"judge_gpus": 1}, "transformers", r"ray\.judge_gpus is 1, but beside judge\.kind self_score"),
+        ({"judge_cpus": 2}, "transformers", r"ray\.judge_cpus is 2, but beside"),
+        ({}, "vllm", r"judge\.members: a reward_model of engine vllm needs judge processes"),
+    ],
+)
+def test_what_needs_judge_processes_cannot_be_beside_the_policy(tmp_path, ray, engine, message):
+    members = [{"kind": "self_score"}, {"kind": "reward_model", "path": str(tmp_path), "engine": engine}]
+    with pytest.raises(ConfigError, match=message):
+        parse(tmp_path, ray, kind="ensemble", members=members)
 
 
 @pytest.mark.parametrize(

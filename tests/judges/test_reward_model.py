@@ -163,6 +163,7 @@ def test_a_text_that_ends_on_the_pad_token_is_read_as_transformers_reads_it(mode
 
 def test_the_head_is_float32_whatever_the_layers_are(model):
     import torch
+    from safetensors.torch import load_file
 
     config = RewardModel(path=str(model), dtype="bfloat16")
     files = read_reward_files(config)
@@ -173,7 +174,8 @@ def test_the_head_is_float32_whatever_the_layers_are(model):
     scores = scorer.score(sequences)
     hidden = [scorer._backbone(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] for ids in sequences]
     assert {state.dtype for state in hidden} == {torch.bfloat16}
-    head = scorer._model.score.weight[0]
+    head = load_file(model / "model.safetensors")["score.weight"][0]
+    assert head.dtype == torch.float32 and (head != head.bfloat16()).any()
     exact = [(state.double() @ head.double()).item() for state in hidden]
     assert scores == pytest.approx(exact, abs=0.02)  # batches differ in bfloat16's rounding
     alone = [scorer.score([ids])[0] for ids in sequences]

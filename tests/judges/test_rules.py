@@ -1,12 +1,14 @@
 import asyncio
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from judges.protocol import JudgeError
-from judges.rules import CONSTRAINTS, read_constraints, score_response, validate_constraints
+from judges.rules import CONSTRAINTS, form, read_constraints, score_response, validate_constraints
+from judges.rules.base import WORD, fenced_blocks
 from judges.runtime import build_judge, check_judge, judge_groups
 from online_po.errors import ConfigError
 from online_po.judge_configs import Rules
@@ -142,6 +144,28 @@ def test_a_pattern_that_backtracks_for_ever_is_a_failure_not_a_score():
     assert "response 1: pattern" in verdicts[1].failure.message
 
 
+@given(st.text("a.!?\"') \n`", max_size=30))
+def test_words_sentences_and_fences_are_found_as_the_plainest_patterns_find_them(text):
+    assert WORD.findall(text) == re.findall(r"\S*\w\S*", text)
+    assert form._SENTENCE_END.split(text) == re.split(r"[.!?]+[\"')\]]*(?=\s|$)", text)
+    fence = re.compile(r"^ {0,3}```[^\n`]*\n(.*?)^ {0,3}```[ \t]*$", re.DOTALL | re.MULTILINE)
+    lines = text.replace("a", "```a\n").replace("!", "\n```\n").replace("?", "word ")
+    assert fenced_blocks(lines) == fence.findall(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "constraint"),
+    [
+        ("!" * 10**6, {"type": "max_words", "n": 3}),
+        ("!" * 10**5 + '"' * 10**5 + "x", {"type": "sentences", "count": 2}),
+        ("```python\n" * 10**5 + "x", {"type": "code", "tests": ["pass"]}),
+    ],
+)
+def test_pages_of_one_sign_are_no_trouble(text, constraint):
+    """Patterns that backtrack take minutes or hours for these."""
+    assert score_response(text, read_constraints({"constraints": [constraint]}))[0] < 1
+
+
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
@@ -250,6 +274,10 @@ def test_judge():
         ({"constraints": [{"type": "regex", "pattern": "a("}]}, "pattern is not a regular expression: missing"),
         ({"constraints": [{"type": "regex", "pattern": "a", "present": "no"}]}, "present must be true or false"),
         ({"constraints": [{"type": "valid_json", "schema": {"type": "objekt"}}]}, "schema is not a JSON schema"),
+        (
+            {"constraints": [{"type": "valid_json", "schema": {"items": [{"patternProperties": {"^(a+)+$": {}}}]}}]},
+            "schema has patternProperties.*write propertyNames with a pattern",
+        ),
         ({"constraints": [{"type": "valid_json", "schema": "{"}]}, "schema must be an object, or one as JSON text"),
         ({"constraints": [{"type": "language", "code": "xx"}]}, "language 'xx' is not known; known are "),
         ({"constraints": [{"type": "language", "code": "en", "among": ["de", "fr"]}]}, "it must name 'en'"),
