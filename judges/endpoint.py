@@ -6,9 +6,9 @@ import email.utils
 import os
 import time
 from datetime import UTC
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from judges.chat import Reply, Token, Wording, charged
 from judges.protocol import JudgeError
@@ -131,6 +131,8 @@ class Endpoint:
         status, said = response.status_code, self._said(response.text)
         if code == "content_filter":
             return JudgeError("refusal", f"the endpoint's filter let the question not pass: {said}")
+        if code == "context_length_exceeded" or "maximum context length" in response.text:
+            return JudgeError("too_long", f"the question is longer than judge.model can read: {said}")
         if status == 401 or status == 403:
             variable = self._config.api_key_env
             key = f"the key in ${variable}" if variable else "calls without a key"
@@ -285,9 +287,12 @@ class _Choice(BaseModel):
     logprobs: _Logprobs | None = None
 
 
+_Count = Annotated[int, Field(ge=0, le=2**31)]
+
+
 class _Usage(BaseModel):
-    prompt_tokens: NonNegativeInt | None = None
-    completion_tokens: NonNegativeInt | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
 
 
 class _Completion(BaseModel):

@@ -70,8 +70,8 @@ class Bench:
     judges: Any = None
 
     def config(self, name: str, *, reward: str = "letters", **changes: Any) -> Config:
-        """`SETTINGS` with changes (`section={...}`, merged into the section, or in its place where it has a `kind`), and
-        prompts that ask for a reward."""
+        """`SETTINGS` with changes, and prompts that ask for a reward. `section={...}` is merged into the section, or
+        stands in its place where it has a `kind`."""
         data = copy.deepcopy(SETTINGS)
         for section, values in changes.items():
             merged = isinstance(values, dict) and isinstance(data.get(section), dict) and "kind" not in values
