@@ -51,10 +51,13 @@ def write(tmp_path: Path, data: object = BASE) -> Path:
             "judge.kind=reward_model judge.path=x judge.concurrency=3",
             "judge.concurrency has no effect with .* reward_m",
         ),
-        ("judge.preflight.min_accuracy=0.9", "judge.preflight has no effect with judge.kind: rules without judge.gold"),
+        (
+            "judge.preflight.min_accuracy=0.9",
+            r"judge.preflight has no effect: judge.kind: rules .* give judge.gold, or drop it",
+        ),
         (
             "judge.kind=llm_score judge.model=m judge.preflight.min_consistency=0.5",
-            "judge.preflight.min_consistency has no effect with judge.kind: llm_score",
+            "judge.preflight.min_consistency is 0.5, but has an effect only with .* both orders",
         ),
         ("judge.kind=llm_score judge.model=m judge.budget.money=1", "judge.prompt_price and judge.response_price must"),
         (

@@ -91,6 +91,7 @@ def test_without_logps_where_they_are_wanted():
 
 ERROR = json.dumps({"error": {"message": f"no: {KEY} is bad", "code": None}})
 QUOTA = json.dumps({"error": {"message": "pay", "code": "insufficient_quota"}})
+MANY_TOKENS = '{"choices": [{"message": {}}], "usage": {"prompt_tokens": 1e30}}'
 TOO_LONG = '{"error": {"message": "This model\'s maximum context length is 10 tokens."}}'
 FILTER = json.dumps({"error": {"message": "no", "code": "content_filter"}})
 
@@ -109,7 +110,7 @@ FILTER = json.dumps({"error": {"message": "no", "code": "content_filter"}})
         (Sent(status=404, body=ERROR), "transport", False, None, r"judge\.model = 'm'"),
         (Sent(status=400, body=FILTER), "refusal", False, None, "filter"),
         (Sent(status=400, body=TOO_LONG), "too_long", False, None, "longer than judge.model can read"),
-        (Sent(body='{"choices": [{"message": {}}], "usage": {"prompt_tokens": 1e30}}'), "unparsable", True, None, "usage"),
+        (Sent(body=MANY_TOKENS), "unparsable", True, None, "usage"),
         (Sent(status=422, body=ERROR), "transport", False, None, r"status 422: .*no: \*\*\* is bad"),
         (Sent("x", cut=True), "transport", True, None, r"no whole answer from judge\.base_url"),
         (Sent("x", after_s=1.0), "timeout", True, None, r"judge\.timeout_s = 0\.3 s"),

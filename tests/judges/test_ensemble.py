@@ -291,24 +291,6 @@ def test_a_config_with_members_reads_back(tmp_path):
     assert Config.parse(load_yaml(made.to_yaml(), "config.yaml")) == made
 
 
-@pytest.mark.parametrize(
-    ("judge", "message"),
-    [
-        ({}, "judge.normalise is zscore, whose scores compare"),
-        ({"combine": "rank_average"}, "judge.combine is rank_average, whose scores compare"),
-        (
-            {"normalise": "none", "members": [MEMBERS[0], {"kind": "self_pairwise"}]},
-            "judge.members.1: judge.kind is self_pairwise, whose scores compare",
-        ),
-    ],
-)
-def test_scores_that_compare_within_a_prompt_evaluate_no_policy(tmp_path, judge, message):
-    judge = {"kind": "ensemble", "members": MEMBERS} | judge
-    with pytest.raises(ConfigError, match=rf"{message} .* set eval.every: 0"):
-        make_config(tmp_path, eval__every=1, judge=judge)
-    make_config(tmp_path, eval__every=1, judge={"kind": "ensemble", "members": MEMBERS, "normalise": "none"})
-
-
 def test_members_have_their_own_time_outs(tmp_path):
     judge = {"kind": "ensemble", "members": [{"kind": "rules", "timeout_s": 5}, *MEMBERS]}
     made: Config = make_config(tmp_path, **PLAIN, judge=judge)

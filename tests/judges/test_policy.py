@@ -219,7 +219,6 @@ def test_what_needs_judge_processes_cannot_be_beside_the_policy(tmp_path, ray, e
         ({"workers": 2}, r"judge\.workers is 2.*see generator\.replicas"),
         ({"timeout_s": 5.0}, r"judge\.timeout_s has no effect"),
         ({"soft": True}, r"judge\.soft is for judge\.kind: llm_pairwise"),
-        ({}, r"judge\.kind is self_pairwise.*set eval\.every: 0"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, settings, message):
