@@ -33,6 +33,8 @@ OCCASION: ContextVar[str] = ContextVar("occasion", default="")
 
 ATTEMPTS: int = Endpoint.model_fields["attempts"].default
 """Tries of one call, for judges without a setting for it; only errors that say so are tried again."""
+AWAY = ("transport", "timeout")
+"""Errors by which an endpoint seems to be away, or to want less at a time."""
 TEMPLATE_BYTES = 8000
 """More than any prompt of ours has besides what is judged, rubric and constitution."""
 
@@ -210,7 +212,7 @@ class _Attempt:
             return
         if tokens := outcome.prompt_tokens + outcome.response_tokens:
             asker._rate.used(self.question, estimate, tokens)
-        if isinstance(outcome, JudgeError) and outcome.retry and outcome.kind in ("transport", "timeout"):
+        if isinstance(outcome, JudgeError) and outcome.retry and outcome.kind in AWAY:
             asker._breaker.failed(outcome, self.probe)
         else:
             asker._breaker.answered()
@@ -291,11 +293,12 @@ def _may_ask_again(error: BaseException) -> bool:
 
 
 def _wait(state: RetryCallState) -> float:
-    """Seconds before the next try: longer and longer, and no less than was asked for."""
+    """Seconds before the next try: longer and longer, and no less than was asked for; none where it did answer, and
+    only said nothing of use."""
     assert state.outcome is not None
     error = state.outcome.exception()
     assert isinstance(error, JudgeError)
-    return max(_backoff(state), error.retry_after or 0.0)
+    return max(_backoff(state) if error.kind in AWAY else 0.0, error.retry_after or 0.0)
 
 
 def _most(config: JudgeBase, question: Question) -> float:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from judges.runtime import build_judge, check_judge, judge_groups
+from judges.runtime import build_judge, check_judge, close_judge, judge_groups
 from online_po.config import read_judge
 from online_po.errors import ConfigError
 from online_po.judge_configs import Endpoint, JudgeBase
@@ -102,7 +102,10 @@ def make_group(question: str, plain: str, injected: str) -> Group:
 
 
 async def judge(config: JudgeBase, groups: list[Group]) -> list[Judgement]:
-    return await judge_groups(build_judge(config), groups)
+    built = build_judge(config)
+    judgements = await judge_groups(built, groups)
+    await close_judge(built)
+    return judgements
 
 
 def measure(config: JudgeBase, texts: int) -> dict[str, Tally]:

@@ -14,4 +14,9 @@ python -m ruff check
 python -m ruff format --check
 python -m mypy
 python scripts/make_demo_model.py # the quickstart's model is made as on a new machine, and looked at
-python -m pytest "$@"
+if (($#)); then
+    exec python -m pytest "$@"
+fi
+alone="slow or vllm or distributed" # tests that start processes of their own: one at a time
+python -m pytest -m "not ($alone)" --numprocesses 2 --dist loadfile
+python -m pytest -m "$alone"

@@ -1,26 +1,25 @@
-"""Two rounds with each judge on real parts: vLLM in a Ray actor, the judge in its own processes, the real learner."""
+"""Two rounds with each judge on real parts: vLLM in a Ray actor, the judge in its own processes, the real learner; the
+model behind the endpoint is served by vLLM's own OpenAI server."""
 
 from __future__ import annotations
 
-import random
+import asyncio
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from judges.policy import render
-from judges.prompting import Prompting
-from judges.questions import Question
+from judges.runtime import build_judge, close_judge, judge_groups
 from make_tiny_model import make_tiny_model
-from online_po.judge_configs import SelfPairwise, SelfScore, self_judges
+from online_po.judge_configs import LlmPairwise, LlmScore, self_judges
 from online_po.ledger import Ledger
 from serve_vllm import NAME, serving_vllm
 from tests.actors.engines import make_adapter
 from tests.judges.groups import make_group
 from tests.judges.plugin_package import install
+from tests.judging_model import make_judging_model
 from tiny_runs import Bench, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
@@ -52,39 +51,12 @@ JUDGES: dict[str, dict[str, Any]] = {
 """Words in capitals stand for what the fixture `places` has."""
 
 
-def make_judging_model(folder: Path) -> Path:
-    """A tiny policy that has learned to end with a verdict, whatever it is asked: some number or letter, drawn."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.manual_seed(0)
-    path = make_tiny_model(folder, max_length=4096)
-    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
-    scoring, comparing = Prompting(SelfScore(repeats_id=False)), Prompting(SelfPairwise(repeats_id=False))
-    rng, optimizer = random.Random(0), torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(60):
-        rows = []
-        for compares in (False, True) * 2:
-            prompting = comparing if compares else scoring
-            texts = ["".join(rng.choices("abc def7", k=rng.randint(1, 20))) for _ in range(1 + compares)]
-            group = make_group(*texts)
-            about = prompting.about(group.prompt, group.responses, "")
-            question = Question(prompt=group.prompt, responses=group.responses, about=about)
-            wording = prompting.compare(question) if compares else prompting.score(question)
-            verdict = rng.choice("AB") if compares else rng.randint(1, 10)
-            asked = tokenizer(render(wording.as_text, tokenizer))["input_ids"]
-            rows.append((asked, tokenizer(f"Verdict: {verdict}<|im_end|>")["input_ids"]))
-        width = max(len(asked) + len(said) for asked, said in rows)
-        pads = [width - len(asked) - len(said) for asked, said in rows]
-        ids = torch.tensor([[0] * pad + asked + said for pad, (asked, said) in zip(pads, rows, strict=True)])
-        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
-        labels = torch.tensor([[-100] * (width - len(said)) + said for _, said in rows])
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.save_pretrained(path)
-    return path
+@pytest.fixture(scope="module", autouse=True)
+def key() -> Iterator[None]:
+    """Before Ray starts: what it starts has the environment that it was started in."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TEST_KEY", KEY)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +74,8 @@ def url(tmp_path_factory) -> Iterator[Future[str]]:
 def bench(url, tmp_path_factory, one_thread) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("bench")
     made = Bench(folder=folder, model=make_judging_model(folder / "model"))
-    first = config(made, "first", {"kind": "python", "function": "tiny_runs:reward"})
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TEST_KEY", KEY)  # what Ray starts has the environment that it was started in
-        with serving(made, first):
-            yield made
+    with serving(made, config(made, "first", {"kind": "python", "function": "tiny_runs:reward"})):
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +133,51 @@ def test_two_rounds(name, bench, places, tmp_path, monkeypatch):
 def assert_no_key(ledger: Ledger) -> None:
     written = (path for path in ledger.root.rglob("*") if path.is_file())
     assert not [path for path in written if KEY.encode() in path.read_bytes()]
+
+
+# -- what the server answers ---------------------------------------------------------------------------
+
+
+def ask(kind, url, *groups, **settings):
+    config = kind(
+        model=NAME, base_url=url.result(), api_key_env="TEST_KEY", repeats_id=False, max_tokens=32, **settings
+    )
+    return asyncio.run(_judge(config, groups))
+
+
+async def _judge(config, groups):
+    judge = build_judge(config)
+    judgements = await judge_groups(judge, groups)
+    await close_judge(judge)
+    return judgements
+
+
+def test_scores_by_schema(url):
+    (judgement,) = ask(LlmScore, url, make_group("a", "bb", "ccc"), scale_max=5)
+    assert set(judgement.scores) <= {1.0, 2.0, 3.0, 4.0, 5.0}
+
+
+def test_soft_preferences_by_the_servers_logps(url):
+    judgement, *again = ask(LlmPairwise, url, *[make_group("a", "bb", "ccc")] * 2, soft=True, orders="one")
+    assert [comparison.preference for comparison in judgement.comparisons] == pytest.approx(
+        [comparison.preference for comparison in again[0].comparisons], abs=1e-4
+    )
+    assert all(0 < comparison.preference < 1 for comparison in judgement.comparisons)
+    assert len({comparison.preference for comparison in judgement.comparisons}) == 3
+
+
+def test_text_of_a_random_model_is_no_verdict(url):
+    (judgement,) = ask(LlmScore, url, make_group("a"), answers="text", attempts=1)
+    assert judgement.scores is None and judgement.failure.kind == "unparsable"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"model": "other"}, "has no judge.model = 'other'"), ({"api_key_env": "WRONG"}, r"refuses the key in $WRONG")],
+)
+def test_wrong_names_and_keys(url, monkeypatch, settings, message):
+    monkeypatch.setenv("WRONG", "sk-wrong-key")
+    config = LlmScore(**{"model": NAME, "base_url": url.result(), "api_key_env": "TEST_KEY", **settings})
+    (judgement,) = asyncio.run(_judge(config, [make_group("a")]))
+    assert judgement.failure.kind == "transport" and message in judgement.failure.message
+    assert "sk-wrong-key" not in judgement.failure.message

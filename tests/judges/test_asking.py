@@ -66,6 +66,12 @@ def test_waits_grow_and_what_the_endpoint_wants_is_honoured():
     assert 1 <= gaps[0] <= 2 and 2 <= gaps[1] <= 3 and 40 <= gaps[2] <= 41 and 8 <= gaps[3] <= 9
 
 
+def test_an_answer_of_no_use_is_asked_for_again_at_once():
+    asked = Endpoint(*[JudgeError("unparsable", "who knows", retry=True)] * 4)
+    assert run_fast(Asker(endpoint()).ask(question(), asked)).value == 5
+    assert asked.times[-1] - asked.times[0] < 0.5
+
+
 def test_no_more_tries_than_set():
     asked = Endpoint(*[away(f"e{n}") for n in range(9)])
     with pytest.raises(JudgeError, match=r"e2 \(asked 3 times\)") as caught:

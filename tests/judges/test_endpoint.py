@@ -50,6 +50,7 @@ async def _ask(made, times, logps, seed):
             outcomes.append(await endpoint.chat(WORDING, seed=seed, logps=logps))
         except JudgeError as error:
             outcomes.append(error)
+    await endpoint.close()
     return outcomes
 
 

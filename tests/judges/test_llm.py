@@ -11,7 +11,7 @@ from judges.chat import Reply, Token
 from judges.llm import ComparingJudge, ScoringJudge
 from judges.protocol import JudgeError
 from judges.questions import Answer
-from judges.runtime import build_judge, judge_groups
+from judges.runtime import build_judge, close_judge, judge_groups
 from online_po.judge_configs import LlmPairwise, LlmScore
 from online_po.types import Comparison
 
@@ -293,4 +293,7 @@ def test_both_kinds_through_an_endpoint(answers):
 
 
 async def _judge(made, *groups):
-    return await judge_groups(build_judge(made), groups)
+    judge = build_judge(made)
+    judgements = await judge_groups(judge, groups)
+    await close_judge(judge)
+    return judgements
