@@ -93,7 +93,7 @@ class Asker:
 
         Raises JudgeError for a call that failed for good, BudgetError when `judge.budget` is spent.
         """
-        key, round_ = question.key(self._judge + OCCASION.get()), ROUND.get()
+        key, round_ = question.key(self._judge + OCCASION.get(), by_ids=self.config.by_ids), ROUND.get()
         task = self._asking.get(key)
         if task is None:
             # A task of its own: who asked first may be cancelled, others want to know.

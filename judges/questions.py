@@ -22,10 +22,11 @@ class Question:
     about: str = ""
     """What else the question says, drawn principles say."""
 
-    def key(self, judge: str) -> str:
-        """Hash of the judge's identity and all that is asked: prompt, metadata, each response's text and ids, order."""
+    def key(self, judge: str, *, by_ids: bool = False) -> str:
+        """Hash of the judge's identity and all that is asked: prompt, metadata, responses, order. `by_ids`: the very
+        token ids of the responses too, not only the text that they make."""
         parts = [judge, self.prompt.messages, self.prompt.metadata, self.sample, self.about]
-        parts += [(response.text, response.token_ids) for response in self.responses]
+        parts += [(response.text, response.token_ids if by_ids else None) for response in self.responses]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def tokens(self) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from online_po.config import Config
-from online_po.errors import BudgetError, GuardError, NonFiniteError
+from online_po.errors import BudgetError, GuardError, JudgeFailureRateError, NonFiniteError
 from online_po.judge_configs import self_judges
 from online_po.judge_trials import try_judge
 from online_po.ledger import Ledger
@@ -45,8 +45,8 @@ def run(
     """Runs a config to its end: a new run, or the rest of the one in its run folder.
 
     `observers` see what happens (none: silence). `on_plan` is called once everything was checked,
-    before anything expensive starts. Raises OnlinePOError (see `online_po.errors`); where a guard ended the run, its
-    report is written all the same.
+    before anything expensive starts. Raises OnlinePOError (see `online_po.errors`); where a guard, the
+    judge's budget or its failures ended the run, its report is written all the same.
     """
     told = CompositeObserver(observers or [])
     try:
@@ -59,7 +59,7 @@ def run(
             try:
                 if not is_finished(config, ledger, evaluates=plan.heldout is not None):
                     _run_watched(plan, ledger, told)
-            except (BudgetError, GuardError, NonFiniteError):
+            except (BudgetError, GuardError, JudgeFailureRateError, NonFiniteError):
                 told.message(f"report: {write_report(ledger.root)}")
                 raise
             report = write_report(ledger.root)

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from online_po import launch
-from online_po.errors import GuardError, JudgeFailureRateError, NonFiniteError, OnlinePOError
+from online_po.errors import BudgetError, EngineError, GuardError, JudgeFailureRateError, NonFiniteError, OnlinePOError
 from tests.fakes import FakeObserver, make_config
 
 
-@pytest.mark.parametrize("error", [GuardError, NonFiniteError, JudgeFailureRateError])
-def test_a_run_that_a_guard_ended_has_a_report(tmp_path, monkeypatch, error: type[OnlinePOError]):
+@pytest.mark.parametrize("error", [BudgetError, GuardError, JudgeFailureRateError, NonFiniteError, EngineError])
+def test_a_run_that_was_ended_for_cause_has_a_report(tmp_path, monkeypatch, error: type[OnlinePOError]):
     config, observer = make_config(tmp_path), FakeObserver()
 
     def ends(*_: object) -> None:
@@ -24,6 +24,6 @@ def test_a_run_that_a_guard_ended_has_a_report(tmp_path, monkeypatch, error: typ
     with pytest.raises(error):
         launch.run(config, [observer])
     report = config.run_dir / "report.html"
-    written = error is not JudgeFailureRateError
+    written = error is not EngineError
     assert report.exists() == written
     assert observer.messages == ([f"report: {report}"] if written else [])

@@ -79,6 +79,8 @@ class JudgeBase(Section):
     """Fields that change no answer: not part of a judge's identity in the cache."""
     cached: ClassVar[bool] = True
     """Whether answers are kept in the run's judge cache."""
+    by_ids: ClassVar[bool] = False
+    """Whether an answer may depend on the responses' token ids, not only on their text."""
     batches: ClassVar[bool] = False
     """Whether it answers many questions at once: then `concurrency` and `timeout_s` of single calls mean nothing."""
     costs_money: ClassVar[bool] = False

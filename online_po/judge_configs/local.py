@@ -55,6 +55,7 @@ class Plugin(JudgeBase):
     """A judge of another package, found by its entry point (group `online_po.judges`)."""
 
     kind: Literal["plugin"] = "plugin"
+    by_ids: ClassVar[bool] = True
     name: str = Field(min_length=1, description="Name of the entry point.")
     options: dict[str, Any] = Field({}, description="Handed to it as keyword arguments.")
 
@@ -131,6 +132,7 @@ class Implicit(JudgeBase):
     NO_VERDICT: ClassVar[frozenset[str]] = JudgeBase.NO_VERDICT | {"batch_tokens", "path", "reference"}
 
     kind: Literal["implicit"] = "implicit"
+    by_ids: ClassVar[bool] = True
     batches: ClassVar[bool] = True
     path: LocalOrHub = Field(
         description="The trained checkpoint: folder with full weights or an adapter, or a hub name."

@@ -14,7 +14,7 @@ from judges.runtime import LocalJudgePool, judge_groups
 from judges.store import JudgeStore, prepare
 from online_po.errors import BudgetError, LedgerError
 from online_po.judge_cache import judge_statistics
-from online_po.judge_configs import LlmPairwise, LlmScore, Python, SelfScore
+from online_po.judge_configs import Implicit, LlmPairwise, LlmScore, Plugin, Python, RewardModel, SelfScore
 
 from .clock import run_fast
 from .groups import make_group
@@ -165,6 +165,14 @@ def test_what_makes_a_question_another_one():
     turned = [Question(prompt=two.prompt, responses=order) for order in (two.responses, two.responses[::-1])]
     questions = [question(), question(1), question(text="b"), question(sample=1), question(about="x"), *turned]
     assert len({each.key(asker._judge) for each in questions}) == len(questions)
+
+
+def test_token_ids_count_where_a_judge_reads_them():
+    asked, again = question(), question()
+    again = replace(again, responses=(replace(again.responses[0], token_ids=(7, 7, 7)),))
+    assert asked.key("") == again.key("") and asked.key("", by_ids=True) != again.key("", by_ids=True)
+    assert not any(kind.by_ids for kind in (LlmScore, RewardModel, Python, SelfScore))
+    assert Implicit.by_ids and Plugin.by_ids
 
 
 def test_what_makes_a_judge_another_one():

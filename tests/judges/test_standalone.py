@@ -60,6 +60,20 @@ def test_what_was_judged_is_not_asked_again(source, tmp_path, monkeypatch):
     assert judge(config, source) == (first, rows) and (tmp_path / "calls").read_text() == calls
 
 
+def test_what_a_run_asked_is_not_asked_again(tmp_path, monkeypatch):
+    """A file has no token ids, and judges that read text have no use for them."""
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    config, cache = Python(function=f"{HERE}:noted"), tmp_path / "cache.sqlite"
+    group = groups.make_group("yes", "perhaps", metadata={"answer": "yes"})
+    pool = LocalJudgePool(config, cache)
+    pool.submit([group], 1).result()
+    pool.close()
+    row = {"prompt": list(group.prompt.messages), "responses": ["perhaps", "yes"], "answer": "yes"}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    _, (said,) = judge(config, tmp_path / "in.jsonl")
+    assert said["scores"] == [7, 3] and (tmp_path / "calls").read_text().count("\n") == 2
+
+
 def test_a_failure_is_no_label_and_too_many_are_an_error(source):
     judged, rows = judge(Python(function=f"{HERE}:no_f"), source)
     assert [row["scores"] for row in rows] == [[2, 1, 4], [2], None, [1, 2]]
