@@ -33,6 +33,7 @@ from online_po.loss_checks import check_losses
 from online_po.loss_configs import LOSS_BY_NAME, LossBase, LossName, Sigmoid
 from online_po.reference_configs import BetaControlConfig, ReferenceConfig
 from online_po.sections import (
+    CheckpointConfig,
     EvalConfig,
     GeneratorConfig,
     LearnerConfig,
@@ -58,6 +59,9 @@ OTHER_NAMES = {
     "nll": "sft",
 }
 """What other tools and papers call some losses."""
+
+RENAMED = {"run.keep_checkpoints": "checkpoint.keep"}
+"""Keys of earlier versions."""
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -89,6 +93,7 @@ class Config(Section):
     learner: LearnerConfig = LearnerConfig()  # type: ignore[call-arg]
     eval: EvalConfig = EvalConfig()  # type: ignore[call-arg]
     guards: GuardsConfig = GuardsConfig()  # type: ignore[call-arg]
+    checkpoint: CheckpointConfig = CheckpointConfig()  # type: ignore[call-arg]
     ray: RayConfig = RayConfig()  # type: ignore[call-arg]
 
     @model_validator(mode="before")
@@ -129,15 +134,15 @@ class Config(Section):
                 f"loop.max_staleness is {self.loop.max_staleness} but loop.rounds is {self.loop.rounds}: no round "
                 "would ever train on responses of a trained policy; lower the one or raise the other"
             )
-        kept = self.run.keep_checkpoints
+        kept = self.checkpoint.keep
         if kept is not None and kept <= self.loop.max_staleness:
             raise ValueError(
-                f"run.keep_checkpoints is {kept}, but with loop.max_staleness = {self.loop.max_staleness} older "
+                f"checkpoint.keep is {kept}, but with loop.max_staleness = {self.loop.max_staleness} older "
                 f"weights are still sampled from; keep at least {self.loop.max_staleness + 1}"
             )
         check_guards(
             self.guards,
-            keep_checkpoints=kept,
+            keep=kept,
             max_staleness=self.loop.max_staleness,
             unmet=self._unmet_by_guards(),
         )
@@ -298,10 +303,11 @@ class Config(Section):
             mode="json",
             exclude={
                 "ray": True,
+                "checkpoint": True,
                 # Guards that roll back are added below: others only tell, or end the run.
                 "guards": True,
                 "eval": {"early_stop"},
-                "run": {"name", "dir", "tensorboard", "keep_checkpoints"},
+                "run": {"name", "dir", "tensorboard"},
                 "model": {"path", "revision"},
                 "prompts": {"path", "dataset", "subset", "split", "heldout_path"},
                 "pairs": {"seed_path"},
@@ -389,6 +395,8 @@ def _explain(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         if location[:1] == ["judge"] and of_kind and (kinds := _kinds_with(location[-1])):
             return f"{where} is for judge.kind: {' and '.join(kinds)}; drop it, or set the kind"
+        if where in RENAMED:
+            return f"{where}: unknown key; it is {RENAMED[where]} now"
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"

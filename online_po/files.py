@@ -98,7 +98,7 @@ def _explained(path: Path) -> Iterator[None]:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             raise LedgerError(
                 f"no space left for {str(path)!r}; what was finished is kept: free some space, or lower "
-                "run.keep_checkpoints, and run the config again"
+                "checkpoint.keep, and run the config again"
             ) from error
         if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise LedgerError(f"{str(path)!r} cannot be written ({error}); mend that and resume") from error

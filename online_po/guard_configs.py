@@ -151,9 +151,7 @@ class GuardsConfig(Section):
         return [name for name, guard in self.each().items() if guard.action == "roll_back"]
 
 
-def check_guards(
-    guards: GuardsConfig, *, keep_checkpoints: int | None, max_staleness: int, unmet: Mapping[str, str]
-) -> None:
+def check_guards(guards: GuardsConfig, *, keep: int | None, max_staleness: int, unmet: Mapping[str, str]) -> None:
     """Raises ValueError for guards that could not do what they say, or that would have no effect. `unmet`: by the names
     of guards that could never fire, what they would need."""
     for name, guard in guards.each().items():
@@ -176,8 +174,8 @@ def check_guards(
     # What a round was sampled by shows its faults two rounds and the staleness later, and the rounds after the one
     # that is gone back to are sampled by policies that are older still.
     least = 2 + 2 * max_staleness
-    if rolling and keep_checkpoints is not None and keep_checkpoints < least:
+    if rolling and keep is not None and keep < least:
         raise ValueError(
-            f"run.keep_checkpoints is {keep_checkpoints}, but guards.{rolling[0]}.action: roll_back goes back to "
+            f"checkpoint.keep is {keep}, but guards.{rolling[0]}.action: roll_back goes back to "
             f"weights that are older; with loop.max_staleness = {max_staleness} keep at least {least}, or null for all"
         )

@@ -268,7 +268,7 @@ class Ledger(Pieces):
         expected = {k: v for k, v in self.committed(round_).files.items() if k.split("/")[0] == part}
         if not (folder / part).exists():
             raise LedgerError(
-                f"round {round_} of {str(self.root)!r} has no {part} any more: run.keep_checkpoints removed it; "
+                f"round {round_} of {str(self.root)!r} has no {part} any more: checkpoint.keep removed it; "
                 "choose a newer round"
             )
         paths = [folder / name for name in expected]
@@ -285,7 +285,7 @@ class Ledger(Pieces):
         """What can be done about a committed round that is not whole any more."""
         return (
             f"restore it from a copy, or delete {str(self.round_dir(round_))!r} and later rounds: the run then goes on "
-            f"from round {round_ - 1}, if run.keep_checkpoints left its weights"
+            f"from round {round_ - 1}, if checkpoint.keep left its weights"
         )
 
     def prune(self, newest: int, keep: int, spared: Mapping[int, Collection[str]], only: Iterable[int] | None) -> None:

@@ -279,7 +279,7 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
     copies = 1 if learner.lora is not None else 4 + own_reference
     saved = 0 if learner.lora is not None else 3 * weights
     # One more than is kept, while a round is being committed.
-    kept = min((config.run.keep_checkpoints or loop.rounds) + 1, loop.rounds)
+    kept = min((config.checkpoint.keep or loop.rounds) + 1, loop.rounds)
     if config.guards.rolling_back:
         # What a roll-back takes out of the run keeps its weights: usually two rounds, and those made ahead.
         kept += (config.guards.max_roll_backs + 1) * (2 + loop.max_staleness)
@@ -377,7 +377,7 @@ def _resource_warnings(config: Config, need: Estimate) -> list[str]:
     if need.disk > free:
         found.append(
             f"run.dir: {free / GIB:.1f} GiB free, up to {need.disk / GIB:.1f} GiB needed; free some, lower "
-            "run.keep_checkpoints or choose another run.dir"
+            "checkpoint.keep or choose another run.dir"
         )
     wanted = need.learner * config.learner.ranks + need.generator * config.generator.replicas
     wanted += need.judge * config.judge.workers

@@ -1,4 +1,4 @@
-"""Which weights stay in the run folder although `run.keep_checkpoints` newer rounds have theirs."""
+"""Which weights stay in the run folder although `checkpoint.keep` newer rounds have theirs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Retention:
 
     def prune(self, newest: int) -> None:
         """Deletes the weights that neither the run nor a guard that rolls back needs after round `newest`."""
-        keep = self.config.run.keep_checkpoints
+        keep = self.config.checkpoint.keep
         if keep is None:
             return
         spared = self._needed(newest, keep)

@@ -36,12 +36,6 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
     dir: LocalPath = Field("runs", description="Folder that holds run folders.")
     seed: int = Field(0, ge=0, description="All randomness of the run comes from this number.")
-    keep_checkpoints: int | None = Field(
-        2,
-        ge=1,
-        description="Newest rounds that keep weights and optimizer state; older ones keep their data only, "
-        "except a policy that the reference still needs. null keeps every round's.",
-    )
     tensorboard: bool = Field(True, description="Also write metrics as TensorBoard events.")
 
 
@@ -244,6 +238,17 @@ class EvalConfig(Section):
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples (over prompts) behind the 95% intervals.")
     early_stop: EarlyStopConfig | None = Field(
         None, description="End the run where the held-out score stops rising, and export the best round; null: never."
+    )
+
+
+class CheckpointConfig(Section):
+    """What the run folder keeps to go on from. Not part of a run's identity."""
+
+    keep: int | None = Field(
+        2,
+        ge=1,
+        description="Newest rounds that keep weights and optimizer state; older ones keep their data only, "
+        "except a policy that the reference still needs. null keeps every round's.",
     )
 
 

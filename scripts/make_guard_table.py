@@ -45,7 +45,7 @@ round was committed with, as after a resume; only the sampling seeds are new, si
 same place. `roll_backs.json` holds one entry for each time. After `guards.max_roll_backs` of them a further one ends
 the run, at the good round; every `online-po resume` from there is one more try.
 
-Going back needs weights: `run.keep_checkpoints` must be null or at least 2 + 2 x `loop.max_staleness`. The best
+Going back needs weights: `checkpoint.keep` must be null or at least 2 + 2 x `loop.max_staleness`. The best
 evaluated round keeps its own, whatever it is, where `over_optimisation` rolls back. Where the last good round's are
 gone all the same (a second roll-back right after a first), the run stops instead of throwing more good rounds away.
 

@@ -42,7 +42,8 @@ def reward(prompt: str, response: str, metadata: dict[str, Any]) -> float:
 
 
 SETTINGS: dict[str, Any] = {
-    "run": {"seed": 7, "keep_checkpoints": None, "tensorboard": False},
+    "run": {"seed": 7, "tensorboard": False},
+    "checkpoint": {"keep": None},
     "prompts": {"heldout_size": 32, "max_tokens": 96},
     "loop": {"rounds": 3, "prompts_per_round": 32, "responses_per_prompt": 4},
     "generator": {"max_tokens": 24, "chunk_prompts": 32, "cpu_kv_cache_gib": 0.2, "threads": 1},

@@ -71,7 +71,7 @@ def reference_config(
         model={"path": str(model)},
         prompts={"path": "p"},
         eval={"every": 0},
-        run__keep_checkpoints=None,
+        checkpoint__keep=None,
         loop={"rounds": ROUNDS, "prompts_per_round": 8, "responses_per_prompt": 2},
         generator__chunk_prompts=8 // CHUNKS,
         learner=learner,

@@ -135,7 +135,8 @@ def write(tmp_path: Path, data: object = BASE) -> Path:
         ("loop.rounds", "not of the form section.key=value"),
         ("run.name.x=1", "run.* name is a value|override 'run.name.x=1': name is a value"),
         ("generator.tensor_parallel=2 generator.engine=transformers", "needs generator.engine: vllm"),
-        ("run.keep_checkpoints=1 loop.max_staleness=1", "run.keep_checkpoints is 1"),
+        ("run.keep_checkpoints=1", "^run.keep_checkpoints: unknown key; it is checkpoint.keep now$"),
+        ("checkpoint.keep=1 loop.max_staleness=1", "checkpoint.keep is 1"),
         (
             "learner.param_dtype=bfloat16 learner.compute_dtype=bfloat16",
             "learner.param_dtype is bfloat16, .*float32 with learner.compute_dtype: bfloat16, or learner.lora",
@@ -207,7 +208,7 @@ def test_file_faults(tmp_path):
 def test_the_example_in_the_page_on_guards_is_a_config(tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "guards.md").read_text()
     (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    data = BASE | {"run": {"name": "x", "keep_checkpoints": 4}} | load_yaml(example, "example")
+    data = BASE | {"run": {"name": "x"}, "checkpoint": {"keep": 4}} | load_yaml(example, "example")
     assert Config.parse(data).guards.flat.action == "off"
 
 

@@ -43,7 +43,8 @@ def write_config(folder: Path, model: Path, **overrides: object) -> Path:
     rows = [{"prompt": f"say something about number {i}", "number": i} for i in range(80)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config: dict = {
-        "run": {"name": "run", "dir": str(folder), "seed": 7, "keep_checkpoints": None},
+        "run": {"name": "run", "dir": str(folder), "seed": 7},
+        "checkpoint": {"keep": None},
         "model": {"path": str(model)},
         "prompts": {"path": str(folder / "prompts.jsonl"), "heldout_size": 24, "max_tokens": 96},
         "loop": {"rounds": 3, "prompts_per_round": 32, "responses_per_prompt": 4},

@@ -114,7 +114,7 @@ def test_fresh_pairs_say_where_they_come_from(tmp_path):
 
 
 def test_replay_takes_its_share_of_what_earlier_rounds_made_themselves(tmp_path):
-    settings = {"pairs": {"replay_share": 0.6, "replay_rounds": 2}, "loop__rounds": 4, "run__keep_checkpoints": 1}
+    settings = {"pairs": {"replay_share": 0.6, "replay_rounds": 2}, "loop__rounds": 4, "checkpoint__keep": 1}
     parts = make_parts(make_config(tmp_path, **PLAIN, **settings))
     run_rounds(parts)
     own = {}
@@ -252,7 +252,7 @@ def test_hardest_reward_pairs_by_the_reference_s_word_on_all_judged_responses(tm
         pairs__strategy="hardest_reward",
         reference={"kind": "refresh", "every": 2},
         judge__max_failure_rate=1,
-        run__keep_checkpoints=None,
+        checkpoint__keep=None,
         loop={"rounds": 4, "prompts_per_round": 8, "responses_per_prompt": 4},
     )
     parts = make_parts(config)

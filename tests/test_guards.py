@@ -232,12 +232,12 @@ def config(*overrides: str, **sections: Any) -> Config:
         ),
         ({"guards": {"max_roll_backs": 5}}, "guards.max_roll_backs is 5, but no guard has action: roll_back"),
         (
-            {"guards": {"kl": {"action": "roll_back"}}, "run": {"name": "x", "keep_checkpoints": 1}},
-            r"run.keep_checkpoints is 1, but guards.kl.action: roll_back .* keep at least 2, or null",
+            {"guards": {"kl": {"action": "roll_back"}}, "run": {"name": "x"}, "checkpoint": {"keep": 1}},
+            r"checkpoint.keep is 1, but guards.kl.action: roll_back .* keep at least 2, or null",
         ),
         (
             {"guards": {"flat": {"action": "roll_back"}}, "loop": {"max_staleness": 1}},
-            r"run.keep_checkpoints is 2, but guards.flat.action: .*loop.max_staleness = 1 keep at least 4",
+            r"checkpoint.keep is 2, but guards.flat.action: .*loop.max_staleness = 1 keep at least 4",
         ),
         (
             {"guards": {"kl": {"action": "stop"}}, "loss": {"name": "simpo"}},
@@ -293,7 +293,7 @@ def test_settings_that_cannot_work_are_refused_by_name(sections, message):
 @pytest.mark.parametrize(
     "sections",
     [
-        {"guards": {"kl": {"action": "roll_back"}}, "run": {"name": "x", "keep_checkpoints": None}},
+        {"guards": {"kl": {"action": "roll_back"}}, "run": {"name": "x"}, "checkpoint": {"keep": None}},
         {"guards": {"kl": {"action": "roll_back"}, "max_roll_backs": 0}},
         {"guards": {"kl": {"action": "off"}}, "loss": {"name": "simpo"}},
         {"guards": {"displacement": {"action": "off"}, "flat": {"rounds": 3}}, "loss": {"name": "kto"}},
@@ -308,7 +308,8 @@ def test_settings_that_cannot_work_are_refused_by_name(sections, message):
         {
             "guards": {"flat": {"action": "roll_back"}},
             "loop": {"max_staleness": 1},
-            "run": {"name": "x", "keep_checkpoints": 4},
+            "run": {"name": "x"},
+            "checkpoint": {"keep": 4},
         },
     ],
 )

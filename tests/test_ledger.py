@@ -225,7 +225,7 @@ def kept_folders(ledger: Ledger, rounds: range) -> dict[str, list[int]]:
 @pytest.mark.parametrize("incremental", [False, True])
 def test_pruning_round_by_round_equals_pruning_at_once(ledger, incremental, blended):
     """Every kept round keeps what it goes on from: round 8 its own reference 6, round 5 in its time reference 3."""
-    config = make_config(ledger.root, run__keep_checkpoints=2)
+    config = make_config(ledger.root, checkpoint__keep=2)
     retention = Retention(config, ledger)
     ledger.commit(0, is_adapter=False, reference=Reference(round=0), probe=PROBE)
     for round_ in range(1, 9):
@@ -246,7 +246,7 @@ def test_pruning_round_by_round_equals_pruning_at_once(ledger, incremental, blen
 
 
 def test_nothing_is_pruned_before_there_is_more_than_is_kept(ledger):
-    config = make_config(ledger.root, run__keep_checkpoints=2)
+    config = make_config(ledger.root, checkpoint__keep=2)
     retention = Retention(config, ledger)
     ledger.commit(0, is_adapter=False, reference=Reference(round=0), probe=PROBE)
     for round_ in (1, 2):

@@ -80,7 +80,7 @@ def parts_versions(ledger: Ledger, round_: int):
 @pytest.mark.parametrize("staleness", [1, 2])
 def test_stale_rounds_lag_by_exactly_max_staleness(tmp_path, staleness):
     loop = {"rounds": 5, "prompts_per_round": 4, "responses_per_prompt": 3, "max_staleness": staleness}
-    config = make_config(tmp_path, loop=loop, run__keep_checkpoints=staleness + 1)
+    config = make_config(tmp_path, loop=loop, checkpoint__keep=staleness + 1)
     parts = make_parts(config)
     run_rounds(parts)
     lag = {r: r - 1 - parts_versions(parts.ledger, r)[0] for r in range(1, 6)}
@@ -376,7 +376,7 @@ def test_killed_at_any_write_and_resumed_it_ends_the_same(staleness, reference, 
 
     monkeypatch.setattr(files.os, "replace", fatal(os.replace))
     monkeypatch.setattr(files.shutil, "rmtree", fatal(shutil.rmtree, lambda path, **_: Path(path).exists()))
-    overrides = {"run__keep_checkpoints": staleness + 1, "reference": reference}
+    overrides = {"checkpoint__keep": staleness + 1, "reference": reference}
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # no fsync to wait for
     with tempfile.TemporaryDirectory(dir=memory, ignore_cleanup_errors=True) as folder:
         config = make_config(Path(folder) / "whole", loop__max_staleness=staleness, **overrides)
@@ -419,19 +419,19 @@ def test_a_round_without_pairs_says_why(tmp_path):
 
 
 def test_old_weights_are_pruned_but_not_the_reference(tmp_path):
-    config = make_config(tmp_path, reference={"kind": "refresh", "every": 2}, loop__rounds=5, run__keep_checkpoints=1)
+    config = make_config(tmp_path, reference={"kind": "refresh", "every": 2}, loop__rounds=5, checkpoint__keep=1)
     parts = make_parts(config)
     run_rounds(parts)
     kept = {r for r in range(1, 6) if (parts.ledger.round_dir(r) / "policy").exists()}
     assert kept == {4, 5}
     assert {r for r in range(1, 6) if (parts.ledger.round_dir(r) / "trainer").exists()} == {5}
-    with pytest.raises(LedgerError, match=r"round 2 .*keep_checkpoints"):
+    with pytest.raises(LedgerError, match=r"round 2 .*checkpoint.keep"):
         parts.ledger.policy(2, parts.start)
 
 
 def test_the_policy_that_judges_is_never_pruned(tmp_path):
     judge = {"kind": "self_score", "policy": 2}
-    parts = make_parts(make_config(tmp_path, judge=judge, loop__rounds=5, run__keep_checkpoints=1))
+    parts = make_parts(make_config(tmp_path, judge=judge, loop__rounds=5, checkpoint__keep=1))
     run_rounds(parts)
     assert {r for r in range(1, 6) if (parts.ledger.round_dir(r) / "policy").exists()} == {2, 5}
     assert parts.ledger.policy(2, parts.start).version == 2
@@ -439,7 +439,7 @@ def test_the_policy_that_judges_is_never_pruned(tmp_path):
 
 def test_a_mean_of_policies_goes_on_from_the_one_before_and_old_ones_are_pruned(tmp_path):
     reference = {"kind": "ema", "alpha": 0.25, "every": 2}
-    parts = make_parts(make_config(tmp_path, reference=reference, loop__rounds=5, run__keep_checkpoints=2))
+    parts = make_parts(make_config(tmp_path, reference=reference, loop__rounds=5, checkpoint__keep=2))
     skill = {0: 0.0}
     save = parts.learner.save
     parts.learner.save = lambda r, *folders: (skill.__setitem__(r, parts.learner.skill), save(r, *folders))[1]

@@ -34,7 +34,7 @@ def sick_parts(config: Config, round_: int, times: int = 1, **metrics: float) ->
 
 
 def guarded(tmp_path: Path, action: str, guard: str = "entropy", **overrides: Any) -> Config:
-    overrides = {"loop__rounds": 4, "run__keep_checkpoints": None, "guards": {guard: {"action": action}}} | overrides
+    overrides = {"loop__rounds": 4, "checkpoint__keep": None, "guards": {guard: {"action": action}}} | overrides
     return make_config(tmp_path, **overrides)
 
 
@@ -218,7 +218,7 @@ def test_pruning_changes_nothing_about_where_a_run_goes_back_to(tmp_path, kind, 
     """The least that may be kept is enough: policies, trainers, references of every kind, means of policies too."""
     ends = []
     for keep in (2 + 2 * staleness, None):
-        overrides = ENDS[kind] | {"run__keep_checkpoints": keep, "loop__max_staleness": staleness, "loop__rounds": 7}
+        overrides = ENDS[kind] | {"checkpoint__keep": keep, "loop__max_staleness": staleness, "loop__rounds": 7}
         config = guarded(tmp_path / str(keep), "roll_back", "kl", **overrides)
         parts = make_parts(config)
         parts.learner = KlOfPolicy(config, 4)
@@ -296,7 +296,7 @@ def test_past_max_roll_backs_the_run_stops_at_the_good_round(tmp_path):
 @pytest.mark.parametrize("keep", [2, 3])
 def test_the_weights_to_go_back_to_are_kept(tmp_path, keep):
     """Also the reference, which the newest round does not need any more."""
-    overrides = {"run__keep_checkpoints": keep, "reference": {"kind": "refresh", "every": 3}, "loop__rounds": 7}
+    overrides = {"checkpoint__keep": keep, "reference": {"kind": "refresh", "every": 3}, "loop__rounds": 7}
     parts = sick_parts(guarded(tmp_path, "roll_back", "kl", **overrides), 99)
     parts.learner = KlOfPolicy(parts.config, 6)
     run_rounds(parts)
@@ -324,7 +324,7 @@ class KlOfPolicy(SickLearner):
 @pytest.mark.parametrize("keep", [2, None])
 def test_good_rounds_are_not_thrown_away_where_the_last_one_is_not_kept_any_more(tmp_path, keep):
     """Round 6 goes back to 4; then policy 4 turns out to be ill too, and round 3, which is good, was pruned."""
-    config = guarded(tmp_path, "roll_back", "kl", run__keep_checkpoints=keep, loop__rounds=6)
+    config = guarded(tmp_path, "roll_back", "kl", checkpoint__keep=keep, loop__rounds=6)
     parts = make_parts(config)
     parts.learner = KlOfPolicy(config, 5, 4)
     if keep is None:
@@ -359,7 +359,7 @@ class OverFitted(SickLearner):
 @pytest.mark.parametrize("staleness", [0, 1])
 @pytest.mark.parametrize("action", ["warn", "stop", "roll_back"])
 def test_over_optimisation_is_seen_before_the_next_round_is_sampled(tmp_path, action, staleness):
-    overrides = {"loop__max_staleness": staleness, "run__keep_checkpoints": 2 + 2 * staleness, "loop__rounds": 5}
+    overrides = {"loop__max_staleness": staleness, "checkpoint__keep": 2 + 2 * staleness, "loop__rounds": 5}
     config = guarded(tmp_path, action, "over_optimisation", **overrides)
     parts = make_parts(config)
     parts.learner = OverFitted(config)
@@ -452,7 +452,7 @@ def test_killed_at_any_write_it_goes_back_and_ends_the_same(case, staleness, mon
     def make(folder: Path) -> Parts:
         overrides = {
             "loop__max_staleness": staleness,
-            "run__keep_checkpoints": 2 + 2 * staleness,
+            "checkpoint__keep": 2 + 2 * staleness,
             "reference": {"kind": "refresh", "every": 2},
             "prompts": {"path": "p", "heldout_size": 4},
             "loop__prompts_per_round": 4,

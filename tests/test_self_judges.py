@@ -19,7 +19,7 @@ def test_two_rounds_that_the_policy_judges(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = Config.parse(
         {
-            "run": {"name": "run", "dir": str(tmp_path), "tensorboard": False, "keep_checkpoints": None},
+            "run": {"name": "run", "dir": str(tmp_path), "tensorboard": False}, "checkpoint": {"keep": None},
             "model": {"path": str(make_judging_model(tmp_path / "model"))},
             "prompts": {"path": str(tmp_path / "prompts.jsonl"), "heldout_size": 4, "max_tokens": 96},
             "loop": {"rounds": 2, "prompts_per_round": 8, "responses_per_prompt": 3},
