@@ -17,6 +17,7 @@ from actors import cluster
 from online_po.batching import COLUMNS
 from online_po.config import Config
 from online_po.errors import NonFiniteError, OnlinePOError, first_line
+from online_po.step_checkpoints import StepPlan
 from online_po.types import Policy
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
@@ -141,10 +142,11 @@ class LearnerGroup:
         start_logps: dict[str, np.ndarray] | None,
         betas: Sequence[float | None] | None = None,
         new_reference: bool = False,
+        plan: StepPlan | None = None,
     ) -> Iterator[dict[str, float]]:
         """See `online_po.protocols.Learner.update` and `online_po.learner.TorchLearner.update`."""
         table, reference, start = (ray.put(value) for value in (_needed(examples), reference_logps, start_logps))
-        return self._stream("update", round_, table, reference, start, betas, new_reference)
+        return self._stream("update", round_, table, reference, start, betas, new_reference, plan)
 
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         """See `online_po.protocols.Learner.token_logps`."""

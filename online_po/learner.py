@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
@@ -38,11 +40,15 @@ from online_po.schedule import learning_rate, run_progress
 from online_po.scoring import Scoring
 from online_po.sections import LearnerConfig, ModelConfig
 from online_po.seeds import stable_seed
+from online_po.step_checkpoints import StepPlan, StepWriter
 from online_po.steps import Known, Stepper
 from online_po.types import Policy
 
 STATE_VERSION = 2
 OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "trainer.json"
+POLICY_FILE = "policy.safetensors"
+"""Weights in a step checkpoint, as `policy_tensors` names them: no folder that anything else loads."""
 
 
 class TorchLearner:
@@ -162,6 +168,7 @@ class TorchLearner:
         start_logps: dict[str, np.ndarray] | None,
         betas: Sequence[float | None] | None = None,
         new_reference: bool = False,
+        plan: StepPlan | None = None,
     ) -> Iterator[dict[str, float]]:
         """See `online_po.protocols.Learner.update`. Metrics of a step, over all ranks, padding never counted:
 
@@ -192,18 +199,29 @@ class TorchLearner:
         if new_reference:
             self.objective.means = {}
         steps = self.config.epochs * math.ceil(len(tokens) / self.config.global_batch_size)
-        step = 0
+        plan = plan or StepPlan(folder=Path(), every=None)
         self.version = None
-        for epoch in range(self.config.epochs):
-            order = epoch_order(len(tokens), self.seed, round_, epoch)
-            for rows in global_batches(order, self.config.global_batch_size):
+        if plan.after is not None:
+            self._load_step(plan.after.folder)
+        made = plan.metrics
+        with StepWriter(plan) as writer:
+            for step, rows in islice(enumerate(self._batches(len(tokens), round_)), plan.done, None):
                 rate = learning_rate(self.config, run_progress(round_, step, steps, self.rounds))
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
                 where = f"round {round_}, step {step + 1} of {steps}"
                 dropout_seed = stable_seed(self.seed, "dropout", round_, step, self.rank)
-                yield self._stepper.take(known, rows, dropout_seed, where) | {"learning_rate": rate}
-                step += 1
+                metrics = self._stepper.take(known, rows, dropout_seed, where) | {"learning_rate": rate}
+                made.append(metrics)
+                if plan.is_due(step + 1, steps):
+                    self._save_step(step + 1, made, writer)
+                yield metrics
+
+    def _batches(self, count: int, round_: int) -> Iterator[np.ndarray]:
+        """The rows of each optimizer step of a round."""
+        for epoch in range(self.config.epochs):
+            order = epoch_order(count, self.seed, round_, epoch)
+            yield from global_batches(order, self.config.global_batch_size)
 
     # -- weights -----------------------------------------------------------------------------------
 
@@ -228,7 +246,7 @@ class TorchLearner:
             tensors = policy_model.policy_tensors(self.model)
             kept = {name: policy_model.local(tensor).detach().to("cpu", copy=True) for name, tensor in tensors.items()}
             try:
-                self._take(policy)
+                self._take(self._read(policy))
                 yield
             finally:
                 self._scoring.reshard()
@@ -236,10 +254,9 @@ class TorchLearner:
                     for name, tensor in tensors.items():
                         policy_model.local(tensor).copy_(kept[name])
 
-    def _take(self, policy: Policy) -> None:
-        """Writes a committed policy's weights into the model."""
+    def _take(self, whole: dict[str, Tensor] | None) -> None:
+        """Writes rank 0's `policy_tensors` into the model; what the others pass is not looked at."""
         self._scoring.reshard()
-        whole = self._read(policy)
         for name, tensor in policy_model.policy_tensors(self.model).items():
             policy_model.spread(whole[name] if whole is not None else None, tensor)
 
@@ -287,31 +304,59 @@ class TorchLearner:
         if self.rank == 0:
             trainer_dir.mkdir(parents=True, exist_ok=True)
             write_optimizer(trainer_dir / OPTIMIZER_FILE, moments)
-            state = {
-                "format": STATE_VERSION,
-                "version": round_,
-                "torch": torch.__version__,
-                "means": self.objective.means,
-            }
-            (trainer_dir / "trainer.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            (trainer_dir / STATE_FILE).write_text(self._state(version=round_), encoding="utf-8")
         self._barrier()
         self.version = round_
+
+    def _save_step(self, step: int, metrics: list[dict[str, float]], writer: StepWriter) -> None:
+        """Copies the state after a step, and leaves it to `writer` to write it. All ranks must call it."""
+        if self.rank == 0:
+            writer.wait()
+        tensors = policy_model.policy_tensors(self.model).items()
+        policy = {name: policy_model.gather(t, copy=True).contiguous() for name, t in tensors}
+        moments = optimizer_tensors(self.optimizer, self._trained(), copy=True)
+        state = self._state(step=step)
+
+        def write(folder: Path) -> None:
+            save_file(policy, folder / POLICY_FILE)
+            write_optimizer(folder / OPTIMIZER_FILE, moments)
+            (folder / STATE_FILE).write_text(state, encoding="utf-8")
+
+        if self.rank == 0:
+            writer.write(step, metrics, write)
+
+    def _load_step(self, folder: Path) -> None:
+        """Takes back what `_save_step` wrote. All ranks must call it."""
+        self._take(load_file(folder / POLICY_FILE) if self.rank == 0 else None)
+        self._load_trainer(folder, step=int(folder.name))
 
     def load(self, policy: Policy, trainer_dir: Path) -> None:
         """See `online_po.protocols.Learner.load`. Raises OnlinePOError if the two folders are not of one round."""
         if policy.version == 0:
             self._start_again(policy)
             return
-        state = json.loads((trainer_dir / "trainer.json").read_text(encoding="utf-8"))
-        if state["format"] != STATE_VERSION or state["version"] != policy.version:
-            raise OnlinePOError(
-                f"{str(trainer_dir)!r} holds the trainer state of policy version {state['version']} (format "
-                f"{state['format']}), not of {policy.version} (format {STATE_VERSION}); give the folders of one round"
-            )
-        self._take(policy)
-        read_optimizer(trainer_dir / OPTIMIZER_FILE, self.optimizer, self._trained())
-        self.objective.means = state["means"]
+        self._load_trainer(trainer_dir, version=policy.version)
+        self._take(self._read(policy))
         self.version = policy.version
+
+    def _state(self, **of: int) -> str:
+        """What a learner is beside weights and moments, as JSON. Learning rates, orders and dropout are functions of
+        the round and the step; no random state is carried on. `of`: the policy version, or the step, it belongs to."""
+        state = {"format": STATE_VERSION, **of, "torch": torch.__version__, "means": self.objective.means}
+        return json.dumps(state, indent=1) + "\n"
+
+    def _load_trainer(self, folder: Path, **of: int) -> None:
+        """Takes back `_state` and the optimizer's. Raises OnlinePOError if they are not of this version, or step."""
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        wanted = {**of, "format": STATE_VERSION}
+        if any(state.get(name) != value for name, value in wanted.items()):
+            holds, needs = (", ".join(f"{name} {which.get(name)}" for name in wanted) for which in (state, wanted))
+            raise OnlinePOError(
+                f"{str(folder)!r} holds the state of {holds}, not of {needs}; give the folders of one round, written "
+                "by this version"
+            )
+        read_optimizer(folder / OPTIMIZER_FILE, self.optimizer, self._trained())
+        self.objective.means = state["means"]
 
     def _start_again(self, start: Policy) -> None:
         """As a new learner: adapters as they were first drawn, or the starting model's weights; no optimizer state."""
@@ -321,7 +366,7 @@ class TorchLearner:
                 for name, tensor in policy_model.policy_tensors(self.model).items():
                     policy_model.local(tensor).copy_(self._first_adapters[name])
         else:
-            self._take(start)
+            self._take(self._read(start))
         self.optimizer.state.clear()
         self.objective.means = {}
         self.version = 0

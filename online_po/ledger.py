@@ -25,6 +25,7 @@ from online_po.config import Config
 from online_po.errors import ConfigError, LedgerError
 from online_po.judge_cache import CACHE
 from online_po.pieces import ExampleKind, Pieces
+from online_po.step_checkpoints import STEPS
 from online_po.types import Policy, Probe, Reference
 
 SCHEMA_VERSION = 3
@@ -171,6 +172,8 @@ class Ledger(Pieces):
         for round_ in self.rounds():
             if last is None or round_ > last:
                 self._drop_damaged(self.round_dir(round_))
+            else:  # killed between its commit and this
+                files.remove_folder(self.round_dir(round_) / STEPS)
 
     def _drop_damaged(self, folder: Path) -> None:
         damaged = [path for path in sorted(folder.rglob("*.parquet")) if not files.is_whole(path)]
@@ -181,6 +184,7 @@ class Ledger(Pieces):
             made += [folder / "judgements" / path.name for path in damaged if path.parent.name == "responses"]
             for path in [*damaged, folder / "judged.json", *made]:
                 path.unlink(missing_ok=True)
+            files.remove_folder(folder / STEPS)
 
     # -- rounds ----------------------------------------------------------------------------------
 
@@ -220,8 +224,9 @@ class Ledger(Pieces):
         """Makes the round durable: hashes its files and writes COMMIT.json last."""
         folder = self.round_dir(round_)
         folder.mkdir(parents=True, exist_ok=True)
-        # Evaluation of the new policy comes after the commit and verifies itself.
-        paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("eval.")]
+        # Evaluation of the new policy comes after the commit and verifies itself; step checkpoints go.
+        every = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("eval.")]
+        paths = [p for p in every if p.relative_to(folder).parts[0] != STEPS]
         listing = {
             str(path.relative_to(folder)): {"sha256": digest, "bytes": path.stat().st_size}
             for path, digest in zip(paths, files.sha256(paths), strict=True)
@@ -236,6 +241,7 @@ class Ledger(Pieces):
         )
         record = {"schema_version": SCHEMA_VERSION, **asdict(commit)}
         files.write_json(folder / "COMMIT.json", record)
+        files.remove_folder(folder / STEPS)
         return commit
 
     def policy(self, round_: int, start: Path) -> Policy:
@@ -357,6 +363,7 @@ class Ledger(Pieces):
         folder = self.root / "rolled_back" / f"{len(earlier) + 1:03d}"
         for round_ in reversed(self.rounds()):
             if round_ > last["to"]:
+                files.remove_folder(self.round_dir(round_) / STEPS)
                 files.move_folder(self.round_dir(round_), folder / f"{round_:06d}")
         files.write_json(self.root / "roll_backs.json", [*earlier, last | {"done": True}])
 

@@ -43,10 +43,12 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
     return total
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], copy: bool = False
+) -> dict[str, Tensor]:
     """AdamW's state as "parameter name/state name" -> whole tensor, as `gather` gives it. All ranks must call it."""
     return {
-        f"{name}/{key}": gather(value)
+        f"{name}/{key}": gather(value, copy)
         for name, parameter in trained.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }

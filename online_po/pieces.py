@@ -6,7 +6,7 @@ Every piece appears whole (`online_po.files`), and what reads one raises LedgerE
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from online_po import files
 from online_po.errors import LedgerError, first_line
+from online_po.step_checkpoints import STEPS, StepPlan, newest_whole
 from online_po.tables import (
     PROMPT_SCHEMA,
     RESPONSE_LOGP_SCHEMA,
@@ -149,6 +150,18 @@ class Pieces:
             return None
         table = self._read(path)
         return {name: table[name].to_numpy() for name in table.column_names}
+
+    def step_plan(self, round_: int, every: int | None, tell: Callable[[str], None]) -> StepPlan:
+        """What the round's update goes on from, and writes. Step checkpoints that are damaged are named to `tell` and
+        deleted; the one before them is taken."""
+        folder = self.round_dir(round_).absolute() / STEPS
+        found, damaged = newest_whole(folder)
+        for path, fault in damaged.items():
+            tell(f"step checkpoint {str(path)!r} is damaged, and is left out: {fault}")
+            files.remove_folder(path)
+        if found or damaged:
+            tell(f"round {round_} trains on " + (f"after step {found.step}" if found else "from its first step"))
+        return StepPlan(folder=folder, every=every, after=found)
 
     def write_metrics(self, round_: int, rows: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

@@ -222,11 +222,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gather(tensor: Tensor) -> Tensor:
-    """The whole tensor on rank 0's CPU, maybe `tensor` itself; empty elsewhere. All ranks must call it."""
+def gather(tensor: Tensor, copy: bool = False) -> Tensor:
+    """The whole tensor on rank 0's CPU; empty elsewhere. All ranks must call it. `copy`: what is written to `tensor`
+    later never shows in it; else it may be `tensor` itself."""
     tensor = tensor.detach()
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.cpu() if is_rank_0() else torch.empty(0)
+    return whole.to("cpu", copy=copy) if is_rank_0() else torch.empty(0)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from online_po.sections import SamplingConfig
+    from online_po.step_checkpoints import StepPlan
 
 
 class Generator(Protocol):
@@ -74,6 +75,7 @@ class Learner(Protocol):
         start_logps: dict[str, np.ndarray] | None,
         betas: Sequence[float | None] | None = None,
         new_reference: bool = False,
+        plan: StepPlan | None = None,
     ) -> Iterator[dict[str, float]]:
         """Trains on all examples `learner.epochs` times; yields the metrics of each optimizer step.
 
@@ -81,6 +83,9 @@ class Learner(Protocol):
         `start_logps`: the same under the starting policy, for KL metrics; None leaves them out.
         `betas`: the round's beta of each loss (None: as configured); None: all as configured.
         `new_reference`: the reference is another one than in the last update: running means begin anew.
+        `plan`: the complete state is written on the way, by `online_po.step_checkpoints.StepWriter`; the learner goes
+        on from the state that is given there, which was written in an update of the same arguments, and yields the
+        later steps' metrics only. None: neither.
 
         A step whose loss or gradient is not finite is never applied. With guards.nonfinite.action: warn it is left
         out, and its metrics are `skipped`: 1.0 and counts; else NonFiniteError is raised.

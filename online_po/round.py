@@ -8,7 +8,8 @@ syncs the generators in between.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 from online_po.anchors import make_anchors, sampler_logps
 from online_po.betas import drifted, next_scale, round_betas
@@ -21,7 +22,7 @@ from online_po.judging import Judging
 from online_po.loss_configs import reward_beta
 from online_po.metrics import likelihood_shift, round_means
 from online_po.parts import Parts
-from online_po.protocols import Learner
+from online_po.protocols import Learner, Observer
 from online_po.reference import renew_reference
 from online_po.seeds import stable_seed
 from online_po.tables import PromptRows, prompts_to_table
@@ -110,12 +111,11 @@ def train_round(parts: Parts, round_: int) -> None:
         examples, sampled = make_examples(parts, round_, draw_prompts(parts, round_), held)
     with observer.phase("reference", round_):
         anchors = make_anchors(parts, round_, examples, held)
-    steps: list[dict[str, float]] = []
     with observer.phase("learn", round_):
         moved = round_ > 1 and held != ledger.committed(round_ - 2).reference
-        for metrics in parts.learner.update(round_, examples, anchors.reference, anchors.start, betas, moved):
-            steps.append(metrics)
-            observer.step(round_, metrics)
+        plan = ledger.step_plan(round_, config.checkpoint.every_steps, observer.message)
+        made = parts.learner.update(round_, examples, anchors.reference, anchors.start, betas, moved, plan)
+        steps = list(told(observer, round_, chain(plan.metrics, made)))
     kl = anchors.sampling_kl(examples)
     with observer.phase("save", round_):
         with ledger.weights(round_) as (policy_dir, trainer_dir):
@@ -154,6 +154,13 @@ def train_round(parts: Parts, round_: int) -> None:
             beta_scale=beta_scale,
         )
     observer.round(summary)
+
+
+def told(observer: Observer, round_: int, steps: Iterable[dict[str, float]]) -> Iterator[dict[str, float]]:
+    """The steps' metrics, each told as it comes."""
+    for metrics in steps:
+        observer.step(round_, metrics)
+        yield metrics
 
 
 def probe_of(learner: Learner, token_ids: Sequence[int]) -> Probe:

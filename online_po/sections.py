@@ -250,6 +250,12 @@ class CheckpointConfig(Section):
         description="Newest rounds that keep weights and optimizer state; older ones keep their data only, "
         "except a policy that the reference still needs. null keeps every round's.",
     )
+    every_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Also write the learner's state after every so many optimizer steps of a round, while it goes on: "
+        "a round that is stopped then goes on after the last of them. null: it trains again from its first step.",
+    )
 
 
 class RayConfig(Section):

@@ -22,6 +22,7 @@ from online_po.config import Config
 from online_po.errors import NonFiniteError, SyncError
 from online_po.ledger import Ledger
 from online_po.sections import SamplingConfig
+from online_po.step_checkpoints import StepPlan, StepWriter
 from online_po.types import Group, JudgeFailure, Judgement, Policy, Probe, Prompt, Request, Response, SyncReport
 
 
@@ -138,8 +139,10 @@ def said(prompt: list[dict[str, str]], response: str, metadata: dict[str, Any]) 
 
 class FakeLearner:
     def __init__(self) -> None:
-        self.skill = 0.0
+        self.skill, self.steps = 0.0, 2
         self.log: list[tuple] = []
+        self.taken: list[tuple[int, int]] = []
+        """(round, step) of each optimizer step."""
         self.betas: list[Sequence[float | None] | None] = []
         self.new_references: list[bool] = []
 
@@ -161,15 +164,26 @@ class FakeLearner:
         start_logps: dict[str, np.ndarray] | None,
         betas: Sequence[float | None] | None = None,
         new_reference: bool = False,
+        plan: StepPlan | None = None,
     ) -> Iterator[dict[str, float]]:
         kind, side, signal = ("pairs", "chosen", "margin")
         if "label" in examples.column_names:
             kind, side, signal = ("labels", "response", "response_score")
         anchor = 0.0 if reference_logps is None else float(reference_logps[side].mean())
         gain = np.nan_to_num(examples[signal].to_numpy().astype(float))  # no margin without scores
-        for _ in range(2):
-            self.skill += float(gain.mean()) + 0.1 * anchor
-            yield {"loss": -self.skill, kind: examples.num_rows / 2, "learning_rate": 1.0}
+        plan = plan or StepPlan(folder=Path(), every=None)
+        made = plan.metrics
+        if plan.after is not None:
+            self.skill = json.loads((plan.after.folder / "skill.json").read_text())
+        with StepWriter(plan) as writer:
+            for step in range(plan.done + 1, self.steps + 1):
+                self.skill += (float(gain.mean()) + 0.1 * anchor) / step
+                self.taken.append((round_, step))
+                made.append({"loss": -self.skill, kind: examples.num_rows / 2, "learning_rate": 1.0})
+                if plan.is_due(step, self.steps):
+                    text = json.dumps(self.skill)
+                    writer.write(step, made, lambda folder, text=text: (folder / "skill.json").write_text(text))
+                yield made[-1]
         self.log.append(("update", round_, start_logps is not None))
         self.betas.append(betas)
         self.new_references.append(new_reference)

@@ -51,7 +51,7 @@ class ContentLearner(FakeLearner):
     def logp(token_ids, policy):
         return -(sum(token_ids) % 97) / 10 - 3 * read_skill(policy)
 
-    def update(self, round_, pairs, reference_logps, start_logps, betas=None, new_reference=False):
+    def update(self, round_, pairs, reference_logps, start_logps, betas=None, new_reference=False, plan=None):
         names = [name for name in pairs.column_names if name.endswith("token_ids")]
         for place, row in enumerate(pairs.select(names).to_pylist(), 1):
             self.skill += place * (sum(map(sum, row.values())) % 101) / 1e5

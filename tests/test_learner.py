@@ -356,7 +356,7 @@ def test_trainer_json_is_the_last_file_written(
 def test_another_trainer_state_is_refused(model: Path, tmp_path: Path) -> None:
     learner = make_learner(model, learner_config())
     learner.save(4, tmp_path / "policy", tmp_path / "trainer")
-    with pytest.raises(OnlinePOError, match=r"policy version 4 .* not of 3"):
+    with pytest.raises(OnlinePOError, match=r"the state of version 4, format (\d), not of version 3, format \1;"):
         learner.load(Policy(version=3, path=tmp_path / "policy"), tmp_path / "trainer")
 
 

@@ -58,6 +58,9 @@ def content(root: Path) -> dict[str, object]:
         found[str(path.relative_to(root))] = path.read_text()
     for path in sorted(root.glob("rounds/*/COMMIT.json")):
         found[str(path.relative_to(root))] = json.loads(path.read_text())["reference"]
+    for path in sorted(root.glob("rounds/*/metrics.jsonl")):
+        rows = map(json.loads, path.read_text().splitlines())
+        found[str(path.relative_to(root))] = [row for row in rows if row["kind"] == "step"]
     return found
 
 
@@ -354,46 +357,95 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it but the test."""
 
 
-@pytest.mark.parametrize(
-    ("staleness", "reference"),
-    [(0, {"kind": "refresh", "every": 2}), (1, {"kind": "refresh", "every": 2}), (0, {"kind": "ema", "alpha": 0.5})],
-)
-def test_killed_at_any_write_and_resumed_it_ends_the_same(staleness, reference, monkeypatch):
-    """Dies before or after every third rename and removal of a file or folder, resumes, and compares everything."""
-    calls, die_at = 0, None
+class Death:
+    """Comes before or after the `at`-th rename or removal of a file or folder, and then before every other: nothing
+    that the dead process still does is seen."""
 
-    def fatal(real, counts=lambda *args: True):
+    def __init__(self, monkeypatch) -> None:
+        self.calls, self.at = 0, None
+        monkeypatch.setattr(files.os, "replace", self._fatal(os.replace))
+        exists = lambda path, **_: Path(path).exists()  # noqa: E731
+        monkeypatch.setattr(files.shutil, "rmtree", self._fatal(shutil.rmtree, exists))
+
+    def _fatal(self, real, counts=lambda *args: True):
         def call(*args, **kwargs):
-            nonlocal calls
             for act in (lambda: None, lambda: real(*args, **kwargs)):
                 if counts(*args):
-                    calls += 1
-                    if die_at is not None and calls >= die_at:
+                    self.calls += 1
+                    if self.at is not None and self.calls >= self.at:
                         raise Killed
                 act()
 
         return call
 
-    monkeypatch.setattr(files.os, "replace", fatal(os.replace))
-    monkeypatch.setattr(files.shutil, "rmtree", fatal(shutil.rmtree, lambda path, **_: Path(path).exists()))
-    overrides = {"checkpoint__keep": staleness + 1, "reference": reference}
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # no fsync to wait for
-    with tempfile.TemporaryDirectory(dir=memory, ignore_cleanup_errors=True) as folder:
-        config = make_config(Path(folder) / "whole", loop__max_staleness=staleness, **overrides)
-        whole, calls = make_parts(config), 0
-        run_rounds(whole)
-        expected, points = content(whole.ledger.root), calls
-        assert points > 100
-        for point in range(2, points, 3):
-            config = make_config(Path(folder) / str(point), loop__max_staleness=staleness, **overrides)
-            parts, calls, die_at = make_parts(config), 0, point
-            with pytest.raises(Killed):
-                run_rounds(parts)
-            parts.sampler.shutdown()
-            die_at = None
-            again = make_parts(config)
-            run_rounds(again)
-            assert content(again.ledger.root) == expected, f"killed at {point} of {points}"
+    def strikes(self, parts: Parts, at: int) -> None:
+        """Runs the parts until then."""
+        self.calls, self.at = 0, at
+        with pytest.raises(Killed):
+            run_rounds(parts)
+        parts.sampler.shutdown()
+        self.at = None
+
+
+@pytest.fixture
+def memory():
+    """A folder without an fsync to wait for."""
+    shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=shared, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("staleness", "reference"),
+    [(0, {"kind": "refresh", "every": 2}), (1, {"kind": "refresh", "every": 2}), (0, {"kind": "ema", "alpha": 0.5})],
+)
+def test_killed_at_any_write_and_resumed_it_ends_the_same(staleness, reference, memory, monkeypatch):
+    """Dies before or after every third rename and removal of a file or folder, resumes, and compares everything."""
+    death = Death(monkeypatch)
+    overrides = {"checkpoint__keep": staleness + 1, "reference": reference, "loop__max_staleness": staleness}
+    whole = make_parts(make_config(memory / "whole", **overrides))
+    death.calls = 0
+    run_rounds(whole)
+    expected, points = content(whole.ledger.root), death.calls
+    assert points > 100
+    for point in range(2, points, 3):
+        config = make_config(memory / str(point), **overrides)
+        death.strikes(make_parts(config), point)
+        again = make_parts(config)
+        run_rounds(again)
+        assert content(again.ledger.root) == expected, f"killed at {point} of {points}"
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_killed_at_any_write_of_an_update_it_ends_the_same_and_few_steps_are_made_twice(every, memory, monkeypatch):
+    """Inside a step checkpoint, between two, and where they are deleted, before and after the commit."""
+    death = Death(monkeypatch)
+    changes = {"prompts": {"path": "p"}, "eval": {"every": 0}, "loop__rounds": 1, "generator__chunk_prompts": 8}
+
+    def start(folder: Path) -> Parts:
+        parts = make_parts(make_config(folder, **changes, checkpoint__every_steps=every), heldout=0)
+        parts.learner.steps = 6
+        return parts
+
+    whole = start(memory / "whole")
+    death.calls, began = 0, []
+    update = whole.learner.update
+    whole.learner.update = lambda *args: (began.append(death.calls), update(*args))[1]
+    run_rounds(whole)
+    expected, points = content(whole.ledger.root), death.calls
+    reused = 0
+    for point in range(began[0] + 1, points + 1):
+        parts = start(memory / str(point))
+        death.strikes(parts, point)
+        again = start(memory / str(point))
+        run_rounds(again)
+        assert content(again.ledger.root) == expected, f"killed at {point} of {points}"
+        assert not list(again.ledger.root.glob("rounds/*/steps*"))
+        made = [*parts.learner.taken, *again.learner.taken]
+        # Those since the newest checkpoint, and those that were made while the next one was written.
+        assert len(made) - len(set(made)) <= 2 * every, f"killed at {point} of {points}: {made}"
+        reused += 0 < len(again.learner.taken) < 6
+    assert reused > 5
 
 
 def test_failures_under_the_bound_are_counted_and_never_trained_on(tmp_path):

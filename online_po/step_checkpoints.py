@@ -1,0 +1,129 @@
+"""Step checkpoints: the learner's state inside a round, so that a round that was stopped goes on after its last one.
+
+rounds/R/steps/NNNNNN/ is the state after optimizer step N of round R: the learner's own files, metrics.json (of steps 1
+to N), and CHECKPOINT.json with the hashes of the others. Each appears whole or not at all, written by a thread while
+the learner goes on. The newest `KEPT` stay while the round trains; none does once it is committed. Without torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from online_po import files
+from online_po.errors import LedgerError
+
+STEPS = "steps"
+"""The folder in a round's."""
+MANIFEST = "CHECKPOINT.json"
+METRICS = "metrics.json"
+KEPT = 2
+"""One more than is gone on from: the newest may turn out damaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCheckpoint:
+    """One that is whole."""
+
+    step: int
+    """Optimizer steps of the round that it was written after."""
+    folder: Path
+    metrics: list[dict[str, float]]
+    """Of those steps, as `online_po.protocols.Learner.update` yielded them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What an update writes on its way, and what it goes on from."""
+
+    folder: Path
+    """The round's `STEPS`."""
+    every: int | None
+    """Steps from one checkpoint to the next; None writes none."""
+    after: StepCheckpoint | None = None
+    """Goes on after this one; None: from the round's first step."""
+
+    @property
+    def done(self) -> int:
+        """Steps that are not made again."""
+        return 0 if self.after is None else self.after.step
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """Those steps' metrics."""
+        return [] if self.after is None else list(self.after.metrics)
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether the state after a step is written. After the last of `steps` the round's own weights follow."""
+        return self.every is not None and step % self.every == 0 and step < steps
+
+
+@dataclass
+class StepWriter:
+    """Writes an update's step checkpoints in a thread of its own, one at a time; the block's end waits for the last.
+
+    Raises what writing raised (LedgerError where the disk is full) at the next call, or at the block's end.
+    """
+
+    plan: StepPlan
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="steps"))
+    _writing: Future[None] | None = None
+
+    def wait(self) -> None:
+        """Until nothing is under way: only then may a caller copy the next state, or memory held two copies."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def write(self, step: int, metrics: Sequence[dict[str, float]], write: Callable[[Path], None]) -> None:
+        """Starts to write the state after `step`. `write` puts it into a folder; it runs in the thread."""
+        self.wait()
+        self._writing = self._pool.submit(_write, self.plan.folder, step, list(metrics), write)
+
+    def __enter__(self) -> StepWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._pool.shutdown()
+        if error is None:
+            self.wait()
+
+
+def _write(folder: Path, step: int, metrics: list[dict[str, float]], write: Callable[[Path], None]) -> None:
+    with files.atomic_folder(folder / f"{step:06d}") as path:
+        write(path)
+        (path / METRICS).write_text(json.dumps(metrics), encoding="utf-8")
+        (path / MANIFEST).write_text(json.dumps(_record(path, step), indent=1) + "\n", encoding="utf-8")
+    for old in _folders(folder)[:-KEPT]:
+        files.remove_folder(old)
+
+
+def newest_whole(folder: Path) -> tuple[StepCheckpoint | None, dict[Path, str]]:
+    """(The newest checkpoint in a round's `STEPS` whose files are as they were written, what is wrong with newer
+    ones)."""
+    damaged: dict[Path, str] = {}
+    for path in reversed(_folders(folder)):
+        step = int(path.name)
+        try:
+            if files.read_json(path / MANIFEST) == _record(path, step):
+                return StepCheckpoint(step=step, folder=path, metrics=files.read_json(path / METRICS)), damaged
+            damaged[path] = f"its files are not those that {MANIFEST} lists"
+        except (LedgerError, OSError) as error:
+            damaged[path] = str(error)
+    return None, damaged
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted((path for path in folder.glob("[0-9]*") if path.name.isdigit()), key=lambda path: int(path.name))
+
+
+def _record(path: Path, step: int) -> dict[str, Any]:
+    paths = sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
+    hashes = zip(paths, files.sha256(paths), strict=True)
+    return {"step": step, "files": {str(file.relative_to(path)): digest for file, digest in hashes}}
