@@ -53,5 +53,9 @@ class NonFiniteError(OnlinePOError):
     """A loss or gradient was NaN or infinite; the step was not applied."""
 
 
+class LearnerMemoryError(OnlinePOError):
+    """The learner has too little memory, also for the smallest micro-batch."""
+
+
 class GuardError(OnlinePOError):
     """A guard ended the run (`guards`); what was finished is kept."""

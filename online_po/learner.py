@@ -30,21 +30,21 @@ from transformers import PreTrainedModel
 from online_po import policy_model
 from online_po.adapters import adapter_replaced, blend_adapters
 from online_po.batching import MISMATCHED, Examples, MicroBatch, epoch_order, global_batches
-from online_po.errors import ConfigError, OnlinePOError
+from online_po.errors import ConfigError, OnlinePOError, first_line
 from online_po.logps import LogpModel, require_known_head
 from online_po.loss_configs import LossBase
 from online_po.model_config import load_tokenizer
 from online_po.objective import Objective
 from online_po.optimizer import build_optimizer, optimizer_tensors, read_optimizer, write_optimizer
 from online_po.schedule import learning_rate, run_progress
-from online_po.scoring import Scoring
+from online_po.scoring import Scoring, is_out_of_memory
 from online_po.sections import LearnerConfig, ModelConfig
 from online_po.seeds import stable_seed
 from online_po.step_checkpoints import StepPlan, StepWriter
 from online_po.steps import Known, Stepper
 from online_po.types import Policy
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer.json"
 POLICY_FILE = "policy.safetensors"
@@ -141,8 +141,20 @@ class TorchLearner:
         """See `online_po.protocols.Learner.logps`. Batches come longest examples first, the same on every rank."""
         tokens = Examples(examples)
         sides = [*tokens.sides, *([MISMATCHED] if self.objective.with_kl else [])]
+        left = np.ones(len(tokens), dtype=bool)
         with self._holding(policy):
-            yield from self._scoring.batches(tokens, np.arange(len(tokens)), sides)
+            while left.any():
+                rows = np.flatnonzero(left)
+                try:
+                    for batch in self._scoring.batches(tokens, rows, sides):
+                        left[batch["row"]] = False
+                        yield batch
+                    continue
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    fault = first_line(error)
+                self._scoring.make_smaller(tokens, rows, "log-probabilities", fault)
 
     @torch.no_grad()
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
@@ -184,7 +196,9 @@ class TorchLearner:
         these matters, the figure is biased as an estimate of KL and may be negative; read it as drift on the pairs.
         kto_kl: KTO's estimate, where a loss reads it. entropy: mean over response tokens, nats. grad_norm: before
         clipping. learning_rate. pairs, or labels with desirable and undesirable: examples of the step; tokens: their
-        response tokens. seconds.
+        response tokens. micro_batch_tokens: where it is less than configured, as memory ran out in this step or
+        before (the step was then made again from its beginning: the same but for rounding, and for what LoRA's
+        dropout leaves out). seconds.
 
         Raises NonFiniteError, with the step not applied, where loss or gradients are not finite; with `skip_nonfinite`
         the step is left out instead, and its metrics are skipped: 1, the counts, learning_rate and seconds.
@@ -343,6 +357,7 @@ class TorchLearner:
         """What a learner is beside weights and moments, as JSON. Learning rates, orders and dropout are functions of
         the round and the step; no random state is carried on. `of`: the policy version, or the step, it belongs to."""
         state = {"format": STATE_VERSION, **of, "torch": torch.__version__, "means": self.objective.means}
+        state["micro_batch_tokens"] = self._scoring.micro_batch_tokens
         return json.dumps(state, indent=1) + "\n"
 
     def _load_trainer(self, folder: Path, **of: int) -> None:
@@ -357,6 +372,7 @@ class TorchLearner:
             )
         read_optimizer(folder / OPTIMIZER_FILE, self.optimizer, self._trained())
         self.objective.means = state["means"]
+        self._scoring.micro_batch_tokens = state["micro_batch_tokens"]
 
     def _start_again(self, start: Policy) -> None:
         """As a new learner: adapters as they were first drawn, or the starting model's weights; no optimizer state."""
@@ -369,6 +385,7 @@ class TorchLearner:
             self._take(self._read(start))
         self.optimizer.state.clear()
         self.objective.means = {}
+        self._scoring.micro_batch_tokens = self.config.micro_batch_tokens
         self.version = 0
 
     def _barrier(self) -> None:

@@ -22,7 +22,7 @@ from online_po.judging import Judging
 from online_po.loss_configs import reward_beta
 from online_po.metrics import likelihood_shift, round_means
 from online_po.parts import Parts
-from online_po.protocols import Learner, Observer
+from online_po.protocols import Learner
 from online_po.reference import renew_reference
 from online_po.seeds import stable_seed
 from online_po.tables import PromptRows, prompts_to_table
@@ -115,7 +115,7 @@ def train_round(parts: Parts, round_: int) -> None:
         moved = round_ > 1 and held != ledger.committed(round_ - 2).reference
         plan = ledger.step_plan(round_, config.checkpoint.every_steps, observer.message)
         made = parts.learner.update(round_, examples, anchors.reference, anchors.start, betas, moved, plan)
-        steps = list(told(observer, round_, chain(plan.metrics, made)))
+        steps = list(told(parts, round_, chain(plan.metrics, made)))
     kl = anchors.sampling_kl(examples)
     with observer.phase("save", round_):
         with ledger.weights(round_) as (policy_dir, trainer_dir):
@@ -156,10 +156,15 @@ def train_round(parts: Parts, round_: int) -> None:
     observer.round(summary)
 
 
-def told(observer: Observer, round_: int, steps: Iterable[dict[str, float]]) -> Iterator[dict[str, float]]:
+def told(parts: Parts, round_: int, steps: Iterable[dict[str, float]]) -> Iterator[dict[str, float]]:
     """The steps' metrics, each told as it comes."""
-    for metrics in steps:
-        observer.step(round_, metrics)
+    configured = held = parts.config.learner.micro_batch_tokens
+    for step, metrics in enumerate(steps, 1):
+        parts.observer.step(round_, metrics)
+        if (now := metrics.get("micro_batch_tokens", configured)) != held:
+            text = f"micro-batches hold {now:.0f} tokens (learner.micro_batch_tokens is {configured}): memory ran out"
+            parts.observer.message(f"round {round_}, step {step}: {text}")
+            held = now
         yield metrics
 
 

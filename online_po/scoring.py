@@ -5,6 +5,7 @@ Ranks come from torch.distributed if the process is part of a group, else there 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from online_po.batching import PAIR_SIDES, Examples, MicroBatch, collate, rank_plans
+from online_po.errors import LearnerMemoryError
 from online_po.logps import LogpModel
 from online_po.sections import LearnerConfig
 
@@ -28,6 +30,8 @@ class Scoring:
     def __init__(self, model: LogpModel, config: LearnerConfig, device: torch.device, *, with_prefix: bool) -> None:
         self.model, self.config, self.device, self.with_prefix = model, config, device, with_prefix
         self.compute_dtype: torch.dtype = getattr(torch, config.compute_dtype)
+        self.micro_batch_tokens = config.micro_batch_tokens
+        """Less than configured once memory ran out; part of the learner's state."""
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
 
@@ -35,7 +39,33 @@ class Scoring:
 
     def micro_batches(self, tokens: Examples, rows: np.ndarray, sides: Sequence[str]) -> list[list[np.ndarray]]:
         """`rank_plans` of some rows, of which these sides go through the model."""
-        return rank_plans(rows, tokens.widths(sides), self.ranks, self.config.micro_batch_tokens, len(sides))
+        return rank_plans(rows, tokens.widths(sides), self.ranks, self.micro_batch_tokens, len(sides))
+
+    def make_smaller(self, tokens: Examples, rows: np.ndarray, where: str, fault: str) -> None:
+        """After passes over some rows ran out of memory (`fault`): halves the largest micro-batch, from here on.
+
+        Raises LearnerMemoryError if each holds one example already. Of several ranks too: the others are in the midst
+        of passes that this one cannot go through."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        widths = tokens.widths(tokens.sides)
+        shares = [share for plan in self.micro_batches(tokens, rows, tokens.sides) for share in plan if len(share)]
+        held = [len(tokens.sides) * len(share) * int(widths[share].max()) for share in shares]
+        if self.ranks > 1:
+            raise LearnerMemoryError(
+                f"{where}: a rank ran out of memory ({fault}), with micro-batches of up to {max(held)} tokens; lower "
+                f"learner.micro_batch_tokens, which is {self.micro_batch_tokens}, or set "
+                "learner.gradient_checkpointing or learner.lora"
+            )
+        several = [size for size, share in zip(held, shares, strict=True) if len(share) > 1]
+        if not several:
+            raise LearnerMemoryError(
+                f"{where}: the learner ran out of memory ({fault}) with one example of {max(held)} tokens in a "
+                "micro-batch; set learner.gradient_checkpointing or learner.lora, or lower generator.max_tokens or "
+                "prompts.max_tokens"
+            )
+        self.micro_batch_tokens = max(several) // 2
 
     def token_logps(
         self, batch: MicroBatch, with_entropy: bool = False, with_collision: bool = False
@@ -121,6 +151,11 @@ class Scoring:
     def tensor(self, values: np.ndarray) -> Tensor:
         """Numbers as float32 on the model's device."""
         return torch.from_numpy(values).float().to(self.device)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an accelerator's memory, or the machine's, did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def places(rows: np.ndarray, some: np.ndarray) -> np.ndarray:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from online_po.batching import MISMATCHED, PAIR_SIDES, Examples, collate
-from online_po.errors import NonFiniteError
+from online_po.errors import NonFiniteError, first_line
 from online_po.objective import METRICS, Objective
 from online_po.optimizer import clip_gradients
 from online_po.policy_model import lora_dropout
-from online_po.scoring import Scoring, places, side_weights
+from online_po.scoring import Scoring, is_out_of_memory, places, side_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +71,9 @@ class Stepper:
         NonFiniteError."""
         began = time.perf_counter()
         tokens, scoring = known.tokens, self.scoring
-        step = self._prepare(known, rows, dropout_seed)
-        sums = torch.zeros(len(METRICS) + 1, 2, dtype=torch.float64, device=scoring.device)
-        with lora_dropout(self.model, dropout_seed):
-            for share in scoring.micro_batches(tokens, rows, tokens.sides)[scoring.rank]:
-                sums += self._accumulate(known, share, step)
+        while (passed := self._pass(known, rows, dropout_seed, where)) is None:
+            self.optimizer.zero_grad()
+        step, sums = passed
         scoring.sum_over_ranks(sums)
         metrics = self.objective.metrics(sums[:-1])
         if step.kl is not None:
@@ -95,7 +93,28 @@ class Stepper:
             raise NonFiniteError(_say_nonfinite(metrics, where))
         self.optimizer.zero_grad()
         metrics |= {**_counts(tokens, rows), "tokens": response_tokens}
+        if scoring.micro_batch_tokens < scoring.config.micro_batch_tokens:
+            metrics["micro_batch_tokens"] = float(scoring.micro_batch_tokens)
         return metrics | {"seconds": time.perf_counter() - began}
+
+    def _pass(self, known: Known, rows: np.ndarray, dropout_seed: int, where: str) -> tuple[_Step, Tensor] | None:
+        """The step's gradients on this rank, and the sums of `_accumulate`. None where memory ran out: then
+        micro-batches are smaller now, and nothing has changed but the gradients."""
+        scoring, sides = self.scoring, known.tokens.sides
+        try:
+            step = self._prepare(known, rows, dropout_seed)
+            sums = torch.zeros(len(METRICS) + 1, 2, dtype=torch.float64, device=scoring.device)
+            with lora_dropout(self.model, dropout_seed):
+                for share in scoring.micro_batches(known.tokens, rows, sides)[scoring.rank]:
+                    sums += self._accumulate(known, share, step)
+            return step, sums
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            fault = first_line(error)
+        # Here, where the error is gone, and with it the activations that its traceback held.
+        scoring.make_smaller(known.tokens, rows, where, fault)
+        return None
 
     def _prepare(self, known: Known, rows: np.ndarray, dropout_seed: int) -> _Step:
         """What must be known of a whole step before its gradients: KTO's KL, running means, and, where the loss of an

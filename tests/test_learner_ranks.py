@@ -21,6 +21,7 @@ from online_po.learner import TorchLearner
 from online_po.loss_configs import LOSS_BY_NAME
 from online_po.policy_model import gather
 from online_po.sections import LoraConfig, ModelConfig
+from online_po.step_checkpoints import StepPlan, newest_whole
 from online_po.types import Policy
 from tests.learner_setup import (
     VOCABULARY,
@@ -59,11 +60,21 @@ def scenario(model: Path, out: Path, lora: LoraConfig | None, ranks: int) -> dic
     found["logps1"] = collect_logps(learner.logps, MORE, first)
     found["start again"] = collect_logps(learner.logps, PAIRS, start)
     found["probe again"] = learner.token_logps([5, 6, 7, 8, 9])  # no other policy's weights stay behind
-    for name in ("straight", "resumed"):
-        if name == "resumed":
+    for name in ("straight", "resumed", "stopped"):
+        plan = None
+        if name == "stopped":  # after the first of two steps
+            learner.load(first, out / "trainer1")
+            begun = learner.update(2, MORE, found["logps1"], None, plan=StepPlan(folder=out / "steps", every=1))
+            next(begun)
+            begun.close()
+            if ranks > 1:
+                dist.barrier()  # rank 0 has written it
+            plan = StepPlan(folder=out / "steps", every=1, after=newest_whole(out / "steps")[0])
+        if name != "straight":
             learner = make_learner(model, config)
             learner.load(first, out / "trainer1")
-        found[name] = list(learner.update(2, MORE, found["logps1"], None))
+        steps2 = learner.update(2, MORE, found["logps1"], None, plan=plan)
+        found[name] = [*(plan.metrics if plan else ()), *steps2]
         learner.save(2, out / f"policy2-{name}", out / f"trainer2-{name}")
     found["logps1 from disk"] = collect_logps(learner.logps, MORE, first)
     second = Policy(version=2, path=out / "policy2-resumed", is_adapter=lora is not None)
@@ -231,12 +242,14 @@ def test_all_ranks_say_the_same(runs: dict[str, Any], kind: str) -> None:
             assert first[phase] == second[phase]
 
 
+@pytest.mark.parametrize("how", ["resumed", "stopped"])
 @pytest.mark.parametrize("kind", list(LORA))
-def test_two_ranks_resume_bit_for_bit(runs: dict[str, Any], kind: str) -> None:
+def test_two_ranks_resume_bit_for_bit(runs: dict[str, Any], kind: str, how: str) -> None:
+    """After a round, and after a step inside one."""
     found = runs[kind][1]
-    assert timeless(found["straight"]) == timeless(found["resumed"])
+    assert len(found["straight"]) == 2 and timeless(found["straight"]) == timeless(found[how])
     for folder in ("policy2", "trainer2"):
-        straight, resumed = (runs["out"] / kind / "two" / f"{folder}-{name}" for name in ("straight", "resumed"))
+        straight, resumed = (runs["out"] / kind / "two" / f"{folder}-{name}" for name in ("straight", how))
         (name,) = {file.name for file in straight.glob("*.safetensors")}
         assert (straight / name).read_bytes() == (resumed / name).read_bytes()
 

@@ -1,0 +1,197 @@
+"""The learner where memory runs out: smaller micro-batches, the same result, and it says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from online_po.batching import Examples
+from online_po.errors import LearnerMemoryError
+from online_po.learner import TorchLearner
+from online_po.loop import run_rounds
+from online_po.loss_configs import LOSS_BY_NAME
+from online_po.sections import LoraConfig, ModelConfig
+from online_po.step_checkpoints import StepPlan, newest_whole
+from online_po.types import Policy
+from tests.fakes import FakeLearner, make_config
+from tests.learner_setup import collect_logps, learner_config, make_pairs, start
+from tests.test_loop import make_parts
+from tests.test_step_checkpoints_learner import state_of, timeless
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PAIRS = make_pairs(20)
+DROPOUT = LoraConfig(rank=4, dropout=0.3)
+CASES = {
+    "full": (None, ("sigmoid",)),
+    "lora": (DROPOUT, ("sigmoid",)),
+    "two passes": (DROPOUT, ("bco_pair", "beta_dpo")),
+}
+
+
+def make(model: Path, case: str = "full", **changes: Any) -> Any:
+    lora, names = CASES[case]
+    losses = [LOSS_BY_NAME[name]() for name in names]  # type: ignore[call-arg]
+    config = learner_config(lora=lora, **changes)
+    return TorchLearner(ModelConfig(path=str(model)), config, losses, seed=7, rounds=3)
+
+
+def cpu_error() -> None:
+    """What torch's allocator really raises."""
+    torch.empty(1 << 55)
+
+
+def cuda_error() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def fails(learner: Any, error: Callable[[], None], when: Callable[[int, int], bool]) -> list[int]:
+    """Memory runs out in the passes of which `when(number of the pass, padded tokens)`; the tokens of all passes."""
+    passes: list[int] = []
+
+    def hook(_module: Any, args: Any) -> None:
+        passes.append(args[0].numel())
+        if when(len(passes), passes[-1]):
+            error()
+
+    learner.scorer.register_forward_pre_hook(hook)
+    return passes
+
+
+def train(learner: Any, reference: dict[str, np.ndarray], **options: Any) -> list[dict[str, float]]:
+    return timeless(list(learner.update(1, PAIRS, reference, None, **options)))
+
+
+def without_size(steps: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in step.items() if name != "micro_batch_tokens"} for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("case", "size", "number", "error"),
+    [
+        ("full", 4096, 1, cpu_error),
+        ("full", 100, 2, cuda_error),
+        ("lora", 100, 3, cpu_error),
+        ("two passes", 100, 2, cpu_error),  # without a gradient
+        ("two passes", 100, 5, cuda_error),  # with one
+    ],
+)
+def test_a_step_is_made_again_as_if_it_had_begun_with_smaller_micro_batches(
+    tiny_model: Path, tmp_path: Path, case: str, size: int, number: int, error: Callable[[], None]
+) -> None:
+    """Whichever of its passes failed: bit for bit."""
+    learner = make(tiny_model, case, micro_batch_tokens=size)
+    reference = collect_logps(learner.logps, PAIRS, start(tiny_model))
+    passes = fails(learner, error, lambda count, tokens: count == number)
+    steps = train(learner, reference)
+    lowered = steps[0]["micro_batch_tokens"]
+    assert 0 < lowered < size and [step["micro_batch_tokens"] for step in steps] == [lowered] * 3
+    assert max(passes[number:]) < max(passes[:number]) and len(passes) > number + 3
+    smaller = make(tiny_model, case, micro_batch_tokens=int(lowered))
+    expected = train(smaller, reference)
+    assert "micro_batch_tokens" not in expected[0] and without_size(steps) == expected
+    assert state_of(learner, tmp_path / "left") == state_of(smaller, tmp_path / "right")
+    if case == "full":  # what dropout leaves out depends on how a step is cut
+        for step, other in zip(train(make(tiny_model), reference), steps, strict=True):
+            assert other["loss"] == pytest.approx(step["loss"], rel=1e-4)
+
+
+def test_it_is_halved_until_it_fits_and_stays_so(tiny_model: Path, tmp_path: Path) -> None:
+    learner = make(tiny_model, micro_batch_tokens=100_000)
+    reference = collect_logps(learner.logps, PAIRS, start(tiny_model))
+    passes = fails(learner, cpu_error, lambda count, tokens: tokens > 90)
+    steps = train(learner, reference)
+    tried = [tokens for tokens in passes if tokens > 90]
+    assert len(tried) >= 2 and tried[0] > 3 * 90
+    sizes = [step["micro_batch_tokens"] for step in steps]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= 90
+    learner.save(1, tmp_path / "policy", tmp_path / "trainer")
+    other = make(tiny_model, micro_batch_tokens=100_000)
+    other.load(Policy(version=1, path=tmp_path / "policy"), tmp_path / "trainer")
+    (step, *_) = train(other, reference)
+    assert step["micro_batch_tokens"] == sizes[-1], "also after a resume"
+    other.load(start(tiny_model), tmp_path)
+    assert "micro_batch_tokens" not in train(other, reference)[0]
+
+
+def test_a_round_that_goes_on_after_a_step_goes_on_with_its_micro_batches(tiny_model: Path, tmp_path: Path) -> None:
+    runs = []
+    for stops in (False, True):
+        learner = make(tiny_model, "lora")
+        reference = collect_logps(learner.logps, PAIRS, start(tiny_model))
+        fails(learner, cpu_error, lambda count, tokens: count == 2)
+        plan = StepPlan(folder=tmp_path / "steps", every=1)
+        if stops:
+            begun = learner.update(1, PAIRS, reference, None, plan=plan)
+            next(begun)
+            begun.close()
+            learner = make(tiny_model, "lora")
+            plan = StepPlan(folder=tmp_path / "steps", every=1, after=newest_whole(tmp_path / "steps")[0])
+        steps = [*timeless(plan.metrics), *train(learner, reference, plan=plan if stops else None)]
+        runs.append((steps, state_of(learner, tmp_path / f"stops {stops}")))
+    assert len(runs[0][0]) == 3 and runs[0] == runs[1]
+
+
+def test_one_pair_that_does_not_fit_is_said_and_nothing_has_changed(tiny_model: Path) -> None:
+    learner = make(tiny_model)
+    reference = collect_logps(learner.logps, PAIRS, start(tiny_model))
+    before = [p.detach().clone() for p in learner.model.parameters()]
+    fails(learner, cpu_error, lambda count, tokens: tokens > 30 and learner.model.training is False)
+    message = (
+        r"round 1, step 1 of 3: .*out of memory \(.*can't allocate memory.*\) with one example of \d+ tokens in a .*"
+    )
+    with pytest.raises(LearnerMemoryError, match=message + "gradient_checkpointing or learner.lora, or lower"):
+        train(learner, reference)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.model.parameters(), strict=True))
+    assert all(p.grad is None for p in learner.model.parameters())
+
+
+def test_log_probabilities_too_are_computed_in_smaller_passes(tiny_model: Path) -> None:
+    learner = make(tiny_model)
+    expected = collect_logps(learner.logps, PAIRS, start(tiny_model))
+    fails(learner, cuda_error, lambda count, tokens: count == 3)
+    found = collect_logps(learner.logps, PAIRS, start(tiny_model))
+    for side, logps in expected.items():
+        np.testing.assert_allclose(found[side], logps, rtol=1e-5)
+    (step, *_) = train(learner, expected)
+    assert 0 < step["micro_batch_tokens"] <= 80
+
+
+def test_other_errors_pass(tiny_model: Path) -> None:
+    learner = make(tiny_model)
+    reference = collect_logps(learner.logps, PAIRS, start(tiny_model))
+    fails(learner, lambda: torch.ones(2) @ torch.ones(3), lambda count, tokens: True)
+    for call in (lambda: train(learner, reference), lambda: collect_logps(learner.logps, PAIRS, start(tiny_model))):
+        with pytest.raises(RuntimeError, match="size"):
+            call()
+
+
+def test_one_of_several_ranks_says_what_to_lower(tiny_model: Path) -> None:
+    scoring = make(tiny_model)._scoring
+    scoring.ranks = 2  # it would have to ask the other
+    with pytest.raises(
+        LearnerMemoryError, match=r"step 3: a rank ran out of memory \(oh\), .* lower learner.micro_batch_t"
+    ):
+        scoring.make_smaller(Examples(PAIRS), np.arange(20), "step 3", "oh")
+
+
+def test_the_run_says_so_once_a_change(tmp_path: Path) -> None:
+    class Short(FakeLearner):
+        def update(self, *args: Any) -> Any:
+            for step, metrics in enumerate(super().update(*args)):
+                yield metrics | ({"micro_batch_tokens": 512.0} if step else {})
+
+    parts = make_parts(make_config(tmp_path, loop__rounds=1))
+    parts.learner = Short()
+    parts.learner.steps = 4
+    run_rounds(parts)
+    told = [text for text in parts.observer.messages if "memory" in text]  # type: ignore[attr-defined]
+    assert told == [
+        "round 1, step 2: micro-batches hold 512 tokens (learner.micro_batch_tokens is 4096): memory ran out"
+    ]
+    assert parts.ledger.round_row(1)["micro_batch_tokens"] == 512
