@@ -237,12 +237,12 @@ def _original(error: RayError) -> Exception:
         if isinstance(error.cause, OnlinePOError):
             return error.cause
         reason = f"{type(error.cause).__name__}: {first_line(error.cause)}"
-        remedy = "start the run again, it resumes after the last committed round"
+        remedy = "start the run again, it resumes"
         if "out of memory" in reason.lower():
             remedy = "lower learner.micro_batch_tokens, or set learner.gradient_checkpointing or learner.lora"
         return OnlinePOError(f"the learner failed: {reason[:500]}; {remedy}")
     return OnlinePOError(
         f"a learner rank died: {first_line(error)} (out of memory? lower "
         "learner.micro_batch_tokens, set learner.gradient_checkpointing or learner.lora); start the run again, it "
-        "resumes after the last committed round"
+        "resumes"
     )

@@ -27,6 +27,7 @@ from online_po.model_config import find_model, kv_numbers_per_token, load_tokeni
 from online_po.model_content import count_weights
 from online_po.prompts import PromptSet, load_prompts
 from online_po.seed_pairs import PairRow, SeedPairs, load_seed_pairs, require_scores
+from online_po.step_checkpoints import KEPT
 
 GIB = 1024**3
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -287,12 +288,14 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
     references = {"ema": kept + 1, "kl": 1, "refresh": int(config.reference.every > 1)}.get(kind, 0)
     # Text, token ids and float32 logps, compressed: about 10 bytes a token.
     data = loop.rounds * loop.prompts_per_round * n * generator.max_tokens * 10
+    # Two step checkpoints and one under way, which is a copy in the machine's memory until it is written.
+    stepwise = saved if config.checkpoint.every_steps is not None else 0
     cache = generator.cpu_kv_cache_gib * GIB if on_cpu(config) and generator.engine == "vllm" else 0
     return Estimate(
-        learner=copies * weights / learner.ranks,
+        learner=copies * weights / learner.ranks + (stepwise if on_cpu(config) else 0),
         generator=shape.parameters * BYTES[engine_dtype(config)] / generator.tensor_parallel + cache,
         judge=_judge_memory(config),
-        disk=kept * saved + references * saved / 3 + data,
+        disk=kept * saved + (KEPT + 1) * stepwise + references * saved / 3 + data,
         examples=examples,
         steps=math.ceil(examples / learner.global_batch_size) * learner.epochs,
     )
@@ -394,6 +397,11 @@ def _resource_warnings(config: Config, need: Estimate) -> list[str]:
 def _setting_warnings(config: Config, need: Estimate) -> list[str]:
     """Settings that are allowed, but do not do what they say."""
     found = []
+    if (every := config.checkpoint.every_steps) is not None and every >= need.steps:
+        found.append(
+            f"checkpoint.every_steps is {every}, but a round makes {need.steps} optimizer steps at most, and after its "
+            "last the round itself is saved: no step checkpoint is written; lower it"
+        )
     loop, generator, batch = config.loop, config.generator, config.learner.global_batch_size
     if batch > need.examples:
         found.append(

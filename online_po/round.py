@@ -158,11 +158,11 @@ def train_round(parts: Parts, round_: int) -> None:
 
 def told(parts: Parts, round_: int, steps: Iterable[dict[str, float]]) -> Iterator[dict[str, float]]:
     """The steps' metrics, each told as it comes."""
-    configured = held = parts.config.learner.micro_batch_tokens
+    configured = held = float(parts.config.learner.micro_batch_tokens)
     for step, metrics in enumerate(steps, 1):
         parts.observer.step(round_, metrics)
         if (now := metrics.get("micro_batch_tokens", configured)) != held:
-            text = f"micro-batches hold {now:.0f} tokens (learner.micro_batch_tokens is {configured}): memory ran out"
+            text = f"micro-batches hold {now:.0f} tokens (learner.micro_batch_tokens: {configured:.0f}): memory ran out"
             parts.observer.message(f"round {round_}, step {step}: {text}")
             held = now
         yield metrics

@@ -191,7 +191,5 @@ def test_the_run_says_so_once_a_change(tmp_path: Path) -> None:
     parts.learner.steps = 4
     run_rounds(parts)
     told = [text for text in parts.observer.messages if "memory" in text]  # type: ignore[attr-defined]
-    assert told == [
-        "round 1, step 2: micro-batches hold 512 tokens (learner.micro_batch_tokens is 4096): memory ran out"
-    ]
+    assert told == ["round 1, step 2: micro-batches hold 512 tokens (learner.micro_batch_tokens: 4096): memory ran out"]
     assert parts.ledger.round_row(1)["micro_batch_tokens"] == 512

@@ -84,6 +84,15 @@ def test_references_of_their_own_are_counted(tmp_path, tiny_model):
     assert needs(kind="ema", alpha=0.5) == (4, 0)  # of the 2 rounds kept, of the next, and of one before
 
 
+def test_step_checkpoints_are_counted(tmp_path, tiny_model):
+    shape = read_shape(parse(tmp_path, tiny_model), tiny_model)
+    none, some = (estimate(parse(tmp_path, tiny_model, checkpoint__every_steps=n), shape) for n in (None, 5))
+    whole = 3 * 4 * shape.parameters  # weights and two moments
+    assert (some.disk - none.disk, some.learner - none.learner) == (3 * whole, whole)
+    lora = {"learner__lora": {"rank": 4}, "checkpoint__every_steps": 5}
+    assert estimate(parse(tmp_path, tiny_model, **lora), shape).disk < none.disk
+
+
 def test_the_kv_cache_is_counted_in_the_engine_s_type(tmp_path, tiny_model):
     # 2 layers x (K and V) x 1 head of 32 x 4 bytes = 512 bytes a token, 112 tokens: 56 KiB, or half of it.
     fits_half = 40 * 2**10 / GIB
@@ -404,6 +413,10 @@ def test_shares_references_and_stops_that_never_come_are_told(tmp_path, tiny_mod
     ):
         assert warnings(**quiet) == [], quiet
     for loud, message in (
+        (
+            {"checkpoint": {"every_steps": 9}},
+            "checkpoint.every_steps is 9, but a round makes . optimizer steps at most",
+        ),
         ({"pairs": {"replay_share": 0.01}}, "pairs.replay_share is 0.01, which of 8 pairs a round is less than one"),
         ({"pairs": seed | {"seed_share": 0.01}}, "pairs.seed_share is 0.01, which of 8 pairs"),
         ({"pairs": seed | {"seed_share": 0.5}}, "pairs.seed_share is 0.5, up to 8 pairs a round, but .* has 3, and"),
