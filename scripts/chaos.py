@@ -1,0 +1,481 @@
+#!/usr/bin/env python3
+"""Kill runs of a tiny model, resume them until they are done, and compare every file with a run that was never stopped.
+
+Kills are SIGKILL, at fail points (`online_po.fail_points`) and at random times, some while a run resumes; the seed
+decides which. With `fakes` and `local` (the transformers engine and the real learner) a run is a fork of this process:
+hundreds of kills take some minutes. With `transformers` and `vllm` it is the command line with real Ray.
+
+    python scripts/chaos.py --engine local --trials 100
+    python scripts/chaos.py --engine fakes --every-point        # each fail point once
+    python scripts/chaos.py --engine vllm --trials 5
+
+Exits with 1 if a file differs, if a piece that was durable was made again, or if a run does not end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import psutil
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from chaos_runs import ENGINES, SHAPES, EngineName, make_config, run_here
+from compare_runs import LEFT_OUT, compare_runs
+from make_tiny_model import make_tiny_model
+from online_po import fail_points
+from online_po.config import Config
+
+MARKER = "ONLINE_PO_CHAOS"
+"""Set in every process of a run that is killed: what outlives it is known by it."""
+STOPPED = 5
+"""Exit status of a run that a guard stopped, and that is to be resumed."""
+RAY_DIES_S = 30.0
+"""Ray's processes end by themselves when they miss the one that started them; after so long they are helped."""
+ONLY_RESUMED = ("restore.loaded", "sweep.removed")
+"""Points that a run comes to only where it was killed before."""
+REMADE = {"pairs.parquet", "metrics.jsonl", "eval.parquet", "policy", "trainer", "reference"}
+"""Made again while their round is not committed, although they were whole."""
+
+
+@dataclass(kw_only=True)
+class Kill:
+    """One kill: at a fail point (`name[@kind][:nth]`), or after some seconds."""
+
+    point: str | None = None
+    seconds: float = 0.0
+    damage: bool = False
+    """A byte of a response part is flipped afterwards, so that the next start has something to drop."""
+    happened: bool = False
+    reused: int = 0
+    """Pieces that were whole at the kill and are the same files in the finished run."""
+    redone: list[str] = field(default_factory=list)
+    """Pieces that were whole at the kill, but were made again."""
+
+    @property
+    def row(self) -> str:
+        """Where it counts in the table."""
+        return "random time" if self.point is None else self.point.partition(":")[0]
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One run, its kills, and what is wrong with how it ended."""
+
+    shape: str
+    kills: list[Kill]
+    wrong: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Whole:
+    """A run that was never stopped."""
+
+    run: Path
+    seconds: float
+    hits: dict[str, int]
+    """How often it came to each fail point, by `fail_points.label`."""
+
+
+class Chaos:
+    """Starts, kills and compares runs of one engine in a folder."""
+
+    def __init__(self, engine: EngineName, folder: Path, limit_s: float) -> None:
+        self.engine, self.folder, self.limit_s = engine, folder, limit_s
+        self.in_process = engine in ("fakes", "local")
+        self.outlived = 0
+        """Processes of killed runs that had to be ended here."""
+        (folder / "ray").mkdir()
+        make_tiny_model(folder / "model")
+        if self.in_process:
+            warm_up(folder)
+
+    # -- whole runs and trials ---------------------------------------------------------------------
+
+    def whole(self, shape: str) -> Whole:
+        """Makes the run that others are compared with, in a process of its own: another hash seed, nothing shared."""
+        folder = self.folder / f"whole-{shape}"
+        config = self._config(folder, shape)
+        command = [__file__, "--whole", str(config), "--engine", self.engine, "--out", str(folder / "hits.json")]
+        begin = time.monotonic()
+        code = self._await(self._spawn(command, folder), folder)
+        if code != 0:
+            raise SystemExit(f"the run without kills ends with {code}:\n{(folder / 'log').read_text()[-4000:]}")
+        hits = json.loads((folder / "hits.json").read_text())
+        return Whole(run=folder / "run", seconds=hits.pop("seconds", time.monotonic() - begin), hits=hits)
+
+    def trial(self, number: int, shape: str, whole: Whole, kills: Sequence[Kill]) -> Trial:
+        """Starts a run, kills it as often as asked, lets it end, and compares. Its folder stays if anything is wrong."""
+        folder = self.folder / f"trial-{number:04d}-{shape}"
+        config, run = self._config(folder, shape), folder / "run"
+        trial, whole_then = Trial(shape=shape, kills=list(kills)), list[tuple[Kill, dict[str, tuple[int, int]]]]()
+        for kill in trial.kills:
+            code = self._start(config, kill)
+            while code == STOPPED:
+                code = self._start(config, kill)
+            if code == 0:
+                break
+            if code != -signal.SIGKILL:
+                trial.wrong.append(f"{kill.row}: the run ends with {code}, see {folder / 'log'}")
+                return trial
+            kill.happened = True
+            whole_then.append((kill, pieces(run)))
+            if kill.damage:
+                flip_a_byte(run)
+        code = STOPPED
+        while code == STOPPED:
+            code = self._start(config, None)
+        if code != 0:
+            trial.wrong.append(f"the resumed run ends with {code}, see {folder / 'log'}")
+            return trial
+        trial.wrong += self._differences(whole.run, run)
+        at_end = pieces(run)
+        damaged = any(kill.damage for kill in trial.kills)
+        for kill, then in whole_then:
+            count_pieces(kill, then, at_end)
+            committed = {name.rpartition("/")[0] for name in then if name.endswith("COMMIT.json")}
+            wasted = [name for name in kill.redone if not may_be_remade(name, committed)]
+            if wasted and not damaged:
+                trial.wrong.append(f"{kill.row}: durable, but made again: {', '.join(wasted[:5])}")
+        if not trial.wrong:
+            shutil.rmtree(folder)
+        return trial
+
+    # -- processes ---------------------------------------------------------------------------------
+
+    def _config(self, folder: Path, shape: str) -> Path:
+        folder.mkdir()
+        config = make_config(folder, shape, self.engine, self.folder / "model")
+        (folder / "config.yaml").write_text(config.to_yaml())
+        return folder / "config.yaml"
+
+    def _start(self, config: Path, kill: Kill | None) -> int:
+        """Runs a config, or the rest of it, until it ends or is killed; gives the exit status as `Popen.returncode`
+        does, and a large one where it hangs."""
+        folder, point = config.parent, kill.point if kill is not None else None
+        if self.in_process:
+
+            def work() -> int:
+                if point is not None:
+                    fail_points.arm(point)
+                return 0 if run_here(Config.from_yaml(config), self.engine) else STOPPED
+
+            pid = fork(work, folder / "log")
+        else:
+            run = folder / "run"
+            words = ["resume", str(run)] if (run / "run.json").exists() else ["run", str(config)]
+            armed = {} if point is None else {fail_points.VARIABLE: point}
+            pid = self._spawn(["-m", "online_po.cli", *words], folder, armed)
+        return self._await(pid, folder, kill.seconds if kill is not None and point is None else None)
+
+    def _spawn(self, words: Sequence[str], folder: Path, more: dict[str, str] | None = None) -> int:
+        environment = {
+            **os.environ,
+            **(more or {}),
+            MARKER: str(folder),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")]),
+            "RAY_TMPDIR": str(self.folder / "ray"),
+        }
+        log = (os.POSIX_SPAWN_OPEN, 1, str(folder / "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        both = [log, (os.POSIX_SPAWN_DUP2, 1, 2)]
+        return os.posix_spawn(sys.executable, [sys.executable, *words], environment, file_actions=both, setsid=True)
+
+    def _await(self, pid: int, folder: Path, kill_after: float | None = None) -> int:
+        """Waits for a process, or kills its group after some seconds; then for all that it left."""
+        code = wait_for(pid, self.limit_s if kill_after is None else kill_after)
+        if code is None:
+            os.killpg(pid, signal.SIGKILL)
+            code = wait_for(pid, 60.0)
+            if kill_after is None:
+                code = 999
+        if not self.in_process:
+            self._end_what_is_left(folder)
+        assert code is not None
+        return code
+
+    def _end_what_is_left(self, folder: Path) -> None:
+        """Waits until Ray's processes of this run are gone, and ends those that stay. Others' are never touched."""
+        deadline = time.monotonic() + RAY_DIES_S
+        while (left := list(marked(folder))) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        self.outlived += len(left)
+        for process in left:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(left, timeout=30)
+        for session in (self.folder / "ray").iterdir():
+            if session.is_dir() and not session.is_symlink():
+                shutil.rmtree(session, ignore_errors=True)
+
+    def _differences(self, whole: Path, run: Path) -> list[str]:
+        """Compares in a child: this process, which is forked again and again, must start no threads."""
+        told = run.parent / "differences.json"
+
+        def work() -> int:
+            told.write_text(json.dumps([str(difference) for difference in compare_runs(whole, run)]))
+            return 0
+
+        code = wait_for(fork(work, run.parent / "log"), 120.0)
+        return json.loads(told.read_text()) if code == 0 else [f"comparing ends with {code}, see {run.parent / 'log'}"]
+
+
+def fork(work: Callable[[], int], log: Path) -> int:
+    """Does work in a child, its output in a file; gives the child's number. Its exit status is what work returns."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        for stream in (1, 2):
+            os.dup2(descriptor, stream)
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait_for(pid: int, seconds: float) -> int | None:
+    """The exit status of a child, negative for a signal; None if it still runs after so long."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        if not select.select([descriptor], [], [], seconds)[0]:
+            return None
+    finally:
+        os.close(descriptor)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def marked(folder: Path) -> Iterator[psutil.Process]:
+    """Processes of the run in a folder that are still there."""
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARKER) == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+        except psutil.Error:  # gone, or somebody else's
+            continue
+
+
+def warm_up(folder: Path) -> None:
+    """Imports and caches what a run does, so that a fork begins at once; leaves no thread behind. torch computes
+    nothing here: a fork could then not."""
+    import peft  # noqa: F401
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import actors.transformers_engine
+    import online_po.learner  # noqa: F401
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=folder) as warm:
+        run_here(make_config(Path(warm), "ahead", "fakes", folder / "model"), "fakes")
+
+
+# -- pieces ----------------------------------------------------------------------------------------
+
+
+def pieces(run: Path) -> dict[str, tuple[int, int]]:
+    """The whole pieces in a run folder: path -> (inode, time written). Not what every start or roll-back rewrites."""
+    rewritten = (*LEFT_OUT, "*.tmp", "*.sqlite*", "config.yaml", "run.json", "roll_backs.json", "guard_stops.json")
+    found = {}
+    for path in run.rglob("*"):
+        name = path.relative_to(run)
+        if path.is_file() and ".tmp" not in str(name) and not any(name.match(pattern) for pattern in rewritten):
+            about = path.stat()
+            found[str(name)] = (about.st_ino, about.st_mtime_ns)
+    return found
+
+
+def count_pieces(kill: Kill, then: dict[str, tuple[int, int]], at_end: dict[str, tuple[int, int]]) -> None:
+    """What became of the pieces that were whole at a kill. Old weights that were pruned since are neither."""
+    kept = set(at_end.values())
+    kill.reused = sum(file in kept for file in then.values())
+    kill.redone = sorted(name for name, file in then.items() if file not in kept and name in at_end)
+
+
+def may_be_remade(name: str, committed: set[str]) -> bool:
+    """Whether a piece may be made again although it was whole."""
+    path = Path(name)
+    if path.name == "eval.parquet":  # eval.json makes it count
+        return True
+    in_committed = any(name.startswith(f"{round_}/") for round_ in committed)
+    return not in_committed and bool(REMADE & {path.name, path.parent.name})
+
+
+def flip_a_byte(run: Path) -> None:
+    """Damages the first response part of the newest round."""
+    part = max(run.glob("rounds/*/responses/part-00000.parquet"))
+    data = bytearray(part.read_bytes())
+    data[len(data) // 3] ^= 0xFF
+    part.write_bytes(data)
+
+
+# -- which kills -----------------------------------------------------------------------------------
+
+
+def random_kills(rng: random.Random, whole: Whole) -> list[Kill]:
+    """One to four kills of one run: three of ten at a random time, else at a fail point."""
+    kills: list[Kill] = []
+    for place in range(rng.choices([1, 2, 3, 4], [4, 3, 2, 1])[0]):
+        if rng.random() < 0.3:
+            kills.append(Kill(seconds=rng.uniform(0.0, whole.seconds)))
+            continue
+        point = rng.choice(sorted([*whole.hits, *(ONLY_RESUMED if place else ())]))
+        # What a resumed run has done already it does not come to again.
+        nth = rng.randint(1, max(1, whole.hits.get(point, 1) // (1 + place)))
+        kills.append(Kill(point=f"{point}:{nth}"))
+    return kills
+
+
+def every_point(rng: random.Random, wholes: dict[str, Whole]) -> list[tuple[str, list[Kill]]]:
+    """(shape, kills) of runs that come to every fail point, on every kind of file, once."""
+    made = []
+    for point in sorted({point for whole in wholes.values() for point in whole.hits}):
+        shape = rng.choice([shape for shape in wholes if point in wholes[shape].hits])
+        hits = wholes[shape].hits[point]
+        # How many answers share a transaction depends on timing.
+        nth = rng.randint(1, max(1, hits // 4) if point.startswith("judge_cache.") else hits)
+        made.append((shape, [Kill(point=f"{point}:{nth}")]))
+    shape = next(iter(wholes))
+    after = {
+        "restore.loaded": Kill(point="commit.end:2"),
+        "sweep.removed": Kill(point="file.written@responses:2"),
+        "sweep.dropped": Kill(point="judge.end", damage=True),
+    }
+    return [*made, *((shape, [first, Kill(point=point)]) for point, first in after.items())]
+
+
+def never_killed(trials: Sequence[Trial], engine: EngineName) -> list[str]:
+    """Fail points that no run died at."""
+    died = {kill.row.partition("@")[0] for trial in trials for kill in trial.kills if kill.happened}
+    elsewhere = {"learner.policy_saved"} if engine == "fakes" else set()
+    return sorted(set(fail_points.NAMES) - died - elsewhere)
+
+
+# -- what is told ----------------------------------------------------------------------------------
+
+
+def table_of(trials: Sequence[Trial]) -> dict[str, dict[str, int]]:
+    """Fail point -> kills, pieces reused, pieces redone, runs killed there that came out wrong."""
+    rows: dict[str, Counter[str]] = {}
+    for trial in trials:
+        for kill in trial.kills:
+            if kill.happened:
+                row = rows.setdefault(kill.row, Counter(kills=0, reused=0, redone=0, mismatches=0))
+                row.update(kills=1, reused=kill.reused, redone=len(kill.redone), mismatches=bool(trial.wrong))
+    return {name: dict(rows[name]) for name in sorted(rows)}
+
+
+def show(trials: Sequence[Trial], chaos: Chaos) -> None:
+    """Prints the table, and what is wrong."""
+    shown = Table("fail point", "kills", "pieces reused", "pieces redone", "mismatches")
+    for name, row in (table := table_of(trials)).items():
+        shown.add_row(name, *(str(row[key]) for key in ("kills", "reused", "redone", "mismatches")))
+    # A trial counts once in the sum, however often it was killed.
+    totals = [sum(row[key] for row in table.values()) for key in ("kills", "reused", "redone")]
+    wrong = [trial for trial in trials if trial.wrong]
+    shown.add_section()
+    shown.add_row(f"all, in {len(trials)} runs", *map(str, totals), str(len(wrong)))
+    Console(width=100).print(shown)
+    if not chaos.in_process:
+        print(f"processes of killed runs that did not end within {RAY_DIES_S:.0f} s: {chaos.outlived}")
+    for trial in wrong:
+        print(f"{trial.shape}, killed at {', '.join(kill.point or 'random time' for kill in trial.kills)}:")
+        print("".join(f"  {line}\n" for line in trial.wrong[:10]), end="")
+
+
+def run_whole(config: Path, engine: EngineName, hits: Path) -> None:
+    """What the process of a run without kills does: runs it, and counts the points that it comes to."""
+    counted: Counter[str] = Counter()
+    begin = time.monotonic()
+    if engine in ("fakes", "local"):
+        warm_up(config.parent.parent)
+        begin = time.monotonic()
+        fail_points.watch(lambda label: counted.update([label]))
+        while not run_here(Config.from_yaml(config), engine):
+            pass
+    else:
+        from online_po.launch import run
+
+        fail_points.watch(lambda label: counted.update([label]))
+        run(Config.from_yaml(config))
+    hits.write_text(json.dumps({**counted, "seconds": time.monotonic() - begin}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="(%(default)s)")
+    parser.add_argument("--trials", type=int, default=30, help="runs to kill (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin no further run after so long")
+    parser.add_argument("--every-point", action="store_true", help="each fail point once, in place of random kills")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="parent of the folder to work in; one in memory is faster")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds that one run may take (%(default)s)")
+    parser.add_argument("--out", type=Path, help="also write the table here, as JSON")
+    parser.add_argument("--whole", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.whole:
+        run_whole(args.whole, args.engine, args.out)
+        return
+    if args.every_point and args.engine not in ("fakes", "local"):
+        parser.error("--every-point is for --engine fakes or local: elsewhere points are in other processes")
+    folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=args.folder))
+    chaos, rng = Chaos(args.engine, folder, args.limit), random.Random(args.seed)
+    wholes = {shape: chaos.whole(shape) for shape in SHAPES}
+    planned: Iterator[tuple[str, list[Kill]]]
+    if args.every_point:
+        planned = iter(every_point(rng, wholes))
+    else:
+        shapes = (rng.choice(list(wholes)) for _ in range(args.trials))
+        planned = ((shape, random_kills(rng, wholes[shape])) for shape in shapes)
+    trials: list[Trial] = []
+    end = time.monotonic() + 60 * args.minutes
+    for shape, kills in planned:
+        if time.monotonic() > end:
+            break
+        trials.append(chaos.trial(len(trials), shape, wholes[shape], kills))
+        wrong = "; ".join(trials[-1].wrong[:1])
+        print(f"{len(trials)} {shape} {[kill.point or round(kill.seconds, 2) for kill in kills]} {wrong}", flush=True)
+    show(trials, chaos)
+    missing = never_killed(trials, args.engine) if args.every_point else []
+    if missing:
+        print(f"no run died at {', '.join(missing)}")
+    if args.out:
+        args.out.write_text(json.dumps({"engine": args.engine, "runs": len(trials), "points": table_of(trials)}))
+    failed = bool(missing) or any(trial.wrong for trial in trials)
+    if not failed:
+        shutil.rmtree(folder)
+    else:
+        print(f"kept: {folder}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
