@@ -8,6 +8,7 @@ hundreds of kills take some minutes. With `transformers` and `vllm` it is the co
     python scripts/chaos.py --engine local --trials 100
     python scripts/chaos.py --engine fakes --every-point        # each fail point once
     python scripts/chaos.py --engine vllm --trials 5
+    python scripts/chaos.py --shape ahead --point commit.hashed:2 --point sync.begin    # one run, killed twice
 
 Exits with 1 if a file differs, if a piece that was durable was made again, or if a run does not end.
 """
@@ -30,14 +31,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers then stay as they are in a fork
 
 import psutil
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -47,15 +46,18 @@ from make_tiny_model import make_tiny_model
 from online_po import fail_points
 from online_po.config import Config
 
+ROOT = Path(__file__).parents[1]
 MARKER = "ONLINE_PO_CHAOS"
 """Set in every process of a run that is killed: what outlives it is known by it."""
 STOPPED = 5
 """Exit status of a run that a guard stopped, and that is to be resumed."""
 RAY_DIES_S = 30.0
 """Ray's processes end by themselves when they miss the one that started them; after so long they are helped."""
+KILLS_A_RUN = 8
+"""With --every-point."""
 ONLY_RESUMED = ("restore.loaded", "sweep.removed")
 """Points that a run comes to only where it was killed before."""
-REMADE = {"pairs.parquet", "metrics.jsonl", "eval.parquet", "policy", "trainer", "reference"}
+REMADE = {"judge_trial.json", "pairs.parquet", "metrics.jsonl", "eval.parquet", "policy", "trainer", "reference"}
 """Made again while their round is not committed, although they were whole."""
 
 
@@ -94,8 +96,8 @@ class Whole:
 
     run: Path
     seconds: float
-    hits: dict[str, int]
-    """How often it came to each fail point, by `fail_points.label`."""
+    passed: list[str]
+    """The fail points that it came to, in order, by `fail_points.label`."""
 
 
 class Chaos:
@@ -116,24 +118,23 @@ class Chaos:
     def whole(self, shape: str) -> Whole:
         """Makes the run that others are compared with, in a process of its own: another hash seed, nothing shared."""
         folder = self.folder / f"whole-{shape}"
-        config = self._config(folder, shape)
-        command = [__file__, "--whole", str(config), "--engine", self.engine, "--out", str(folder / "hits.json")]
-        begin = time.monotonic()
+        self._config(folder, shape)
+        config, out = folder / "config.yaml", folder / "passed.json"
+        command = [__file__, "--whole", str(config), "--engine", self.engine, "--out", str(out)]
         code = self._await(self._spawn(command, folder), folder)
         if code != 0:
             raise SystemExit(f"the run without kills ends with {code}:\n{(folder / 'log').read_text()[-4000:]}")
-        hits = json.loads((folder / "hits.json").read_text())
-        return Whole(run=folder / "run", seconds=hits.pop("seconds", time.monotonic() - begin), hits=hits)
+        return Whole(run=folder / "run", **json.loads(out.read_text()))
 
     def trial(self, number: int, shape: str, whole: Whole, kills: Sequence[Kill]) -> Trial:
-        """Starts a run, kills it as often as asked, lets it end, and compares. Its folder stays if anything is wrong."""
+        """Starts a run, kills it as often as asked, lets it end, and compares. Its folder stays if it is wrong."""
         folder = self.folder / f"trial-{number:04d}-{shape}"
         config, run = self._config(folder, shape), folder / "run"
         trial, whole_then = Trial(shape=shape, kills=list(kills)), list[tuple[Kill, dict[str, tuple[int, int]]]]()
         for kill in trial.kills:
-            code = self._start(config, kill)
+            code = self._start(folder, config, kill)
             while code == STOPPED:
-                code = self._start(config, kill)
+                code = self._start(folder, config, kill)
             if code == 0:
                 break
             if code != -signal.SIGKILL:
@@ -145,7 +146,7 @@ class Chaos:
                 flip_a_byte(run)
         code = STOPPED
         while code == STOPPED:
-            code = self._start(config, None)
+            code = self._start(folder, config, None)
         if code != 0:
             trial.wrong.append(f"the resumed run ends with {code}, see {folder / 'log'}")
             return trial
@@ -164,27 +165,28 @@ class Chaos:
 
     # -- processes ---------------------------------------------------------------------------------
 
-    def _config(self, folder: Path, shape: str) -> Path:
+    def _config(self, folder: Path, shape: str) -> Config:
+        """The config of a run in a folder of its own, where it is also a file."""
         folder.mkdir()
         config = make_config(folder, shape, self.engine, self.folder / "model")
         (folder / "config.yaml").write_text(config.to_yaml())
-        return folder / "config.yaml"
+        return config
 
-    def _start(self, config: Path, kill: Kill | None) -> int:
+    def _start(self, folder: Path, config: Config, kill: Kill | None) -> int:
         """Runs a config, or the rest of it, until it ends or is killed; gives the exit status as `Popen.returncode`
         does, and a large one where it hangs."""
-        folder, point = config.parent, kill.point if kill is not None else None
+        point = kill.point if kill is not None else None
         if self.in_process:
 
             def work() -> int:
                 if point is not None:
                     fail_points.arm(point)
-                return 0 if run_here(Config.from_yaml(config), self.engine) else STOPPED
+                return 0 if run_here(config, self.engine) else STOPPED
 
             pid = fork(work, folder / "log")
         else:
             run = folder / "run"
-            words = ["resume", str(run)] if (run / "run.json").exists() else ["run", str(config)]
+            words = ["resume", str(run)] if (run / "run.json").exists() else ["run", str(folder / "config.yaml")]
             armed = {} if point is None else {fail_points.VARIABLE: point}
             pid = self._spawn(["-m", "online_po.cli", *words], folder, armed)
         return self._await(pid, folder, kill.seconds if kill is not None and point is None else None)
@@ -290,7 +292,7 @@ def warm_up(folder: Path) -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import actors.transformers_engine
+    import actors.transformers_engine  # noqa: F401
     import online_po.learner  # noqa: F401
 
     torch.set_num_threads(1)
@@ -343,26 +345,31 @@ def flip_a_byte(run: Path) -> None:
 def random_kills(rng: random.Random, whole: Whole) -> list[Kill]:
     """One to four kills of one run: three of ten at a random time, else at a fail point."""
     kills: list[Kill] = []
+    hits = Counter(whole.passed)
     for place in range(rng.choices([1, 2, 3, 4], [4, 3, 2, 1])[0]):
         if rng.random() < 0.3:
             kills.append(Kill(seconds=rng.uniform(0.0, whole.seconds)))
             continue
-        point = rng.choice(sorted([*whole.hits, *(ONLY_RESUMED if place else ())]))
+        point = rng.choice(sorted([*hits, *(ONLY_RESUMED if place else ())]))
         # What a resumed run has done already it does not come to again.
-        nth = rng.randint(1, max(1, whole.hits.get(point, 1) // (1 + place)))
+        nth = rng.randint(1, max(1, hits[point] // (1 + place)))
         kills.append(Kill(point=f"{point}:{nth}"))
     return kills
 
 
 def every_point(rng: random.Random, wholes: dict[str, Whole]) -> list[tuple[str, list[Kill]]]:
-    """(shape, kills) of runs that come to every fail point, on every kind of file, once."""
-    made = []
-    for point in sorted({point for whole in wholes.values() for point in whole.hits}):
-        shape = rng.choice([shape for shape in wholes if point in wholes[shape].hits])
-        hits = wholes[shape].hits[point]
-        # How many answers share a transaction depends on timing.
-        nth = rng.randint(1, max(1, hits // 4) if point.startswith("judge_cache.") else hits)
-        made.append((shape, [Kill(point=f"{point}:{nth}")]))
+    """(shape, kills) of runs that die at every fail point, on every kind of file, once; each run at many."""
+    made: list[tuple[str, list[Kill]]] = []
+    left = {point for whole in wholes.values() for point in whole.passed}
+    for shape, whole in wholes.items():
+        own = sorted(left & set(whole.passed))
+        left -= set(own)
+        rng.shuffle(own)
+        for begin in range(0, len(own), KILLS_A_RUN):
+            # In the order of where a run may come to them: so what is left of it after a kill has the next point.
+            some = own[begin : begin + KILLS_A_RUN]
+            places = {p: rng.choice([i for i, q in enumerate(whole.passed) if p == q]) for p in some}
+            made.append((shape, [Kill(point=point) for point in sorted(places, key=lambda p: places[p])]))
     shape = next(iter(wholes))
     after = {
         "restore.loaded": Kill(point="commit.end:2"),
@@ -411,22 +418,22 @@ def show(trials: Sequence[Trial], chaos: Chaos) -> None:
         print("".join(f"  {line}\n" for line in trial.wrong[:10]), end="")
 
 
-def run_whole(config: Path, engine: EngineName, hits: Path) -> None:
-    """What the process of a run without kills does: runs it, and counts the points that it comes to."""
-    counted: Counter[str] = Counter()
+def run_whole(config: Path, engine: EngineName, out: Path) -> None:
+    """What the process of a run without kills does: runs it, and notes the points that it comes to."""
+    passed: list[str] = []
     begin = time.monotonic()
     if engine in ("fakes", "local"):
         warm_up(config.parent.parent)
         begin = time.monotonic()
-        fail_points.watch(lambda label: counted.update([label]))
+        fail_points.watch(passed.append)
         while not run_here(Config.from_yaml(config), engine):
             pass
     else:
         from online_po.launch import run
 
-        fail_points.watch(lambda label: counted.update([label]))
+        fail_points.watch(passed.append)
         run(Config.from_yaml(config))
-    hits.write_text(json.dumps({**counted, "seconds": time.monotonic() - begin}))
+    out.write_text(json.dumps({"passed": passed, "seconds": time.monotonic() - begin}))
 
 
 def main() -> None:
@@ -434,6 +441,10 @@ def main() -> None:
     parser.add_argument("--engine", choices=ENGINES, default="local", help="(%(default)s)")
     parser.add_argument("--trials", type=int, default=30, help="runs to kill (%(default)s)")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no further run after so long")
+    parser.add_argument("--shape", choices=list(SHAPES), help="this kind of run only (all)")
+    parser.add_argument(
+        "--point", action="append", help="one run a shape, killed here (name[@kind][:nth]); may be given again"
+    )
     parser.add_argument("--every-point", action="store_true", help="each fail point once, in place of random kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="parent of the folder to work in; one in memory is faster")
@@ -448,9 +459,11 @@ def main() -> None:
         parser.error("--every-point is for --engine fakes or local: elsewhere points are in other processes")
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=args.folder))
     chaos, rng = Chaos(args.engine, folder, args.limit), random.Random(args.seed)
-    wholes = {shape: chaos.whole(shape) for shape in SHAPES}
+    wholes = {shape: chaos.whole(shape) for shape in ([args.shape] if args.shape else SHAPES)}
     planned: Iterator[tuple[str, list[Kill]]]
-    if args.every_point:
+    if args.point:
+        planned = ((shape, [Kill(point=point) for point in args.point]) for shape in wholes)
+    elif args.every_point:
         planned = iter(every_point(rng, wholes))
     else:
         shapes = (rng.choice(list(wholes)) for _ in range(args.trials))
@@ -465,6 +478,8 @@ def main() -> None:
         print(f"{len(trials)} {shape} {[kill.point or round(kill.seconds, 2) for kill in kills]} {wrong}", flush=True)
     show(trials, chaos)
     missing = never_killed(trials, args.engine) if args.every_point else []
+    if args.point:
+        missing = [kill.row for trial in trials for kill in trial.kills if not kill.happened]
     if missing:
         print(f"no run died at {', '.join(missing)}")
     if args.out:

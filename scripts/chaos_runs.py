@@ -198,6 +198,4 @@ class LocalGenerator:
         error = max(abs(a - b) for a, b in zip(said, probe.token_logps, strict=True))
         if error > 1e-3:
             raise SyncError(f"policy {policy.version}: the generator's probe is off by {error:.2g} nats")
-        return [
-            SyncReport(replica=0, policy_version=policy.version, mean_logp_error=error, unmoved=False, seconds=0.0)
-        ]
+        return [SyncReport(replica=0, policy_version=policy.version, mean_logp_error=error, unmoved=False, seconds=0.0)]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from judges.runtime import LocalJudgePool
-from online_po import files, judge_view
+from online_po import judge_view
 from online_po.config import Config
 from online_po.errors import BudgetError, JudgeFailureRateError, LedgerError, NoPairsError, OnlinePOError
 from online_po.judge_cache import judge_statistics
@@ -28,6 +25,7 @@ from online_po.round import draw_prompts
 from online_po.run_view import load_run_view
 from online_po.types import JudgeFailure, Reference
 from tests.fakes import FakeGenerator, FakeJudge, FakeLearner, FakeObserver, make_config, make_prompts
+from tests.kills import Killed, killed_at, memory_folder
 
 
 def make_parts(config: Config, heldout: int = 4) -> Parts:
@@ -350,50 +348,28 @@ def test_failures_that_were_let_pass_stay_failures_after_a_resume(tmp_path):
     assert first not in again.ledger.pairs(1)["prompt_id"].to_pylist()
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it but the test."""
-
-
 @pytest.mark.parametrize(
     ("staleness", "reference"),
     [(0, {"kind": "refresh", "every": 2}), (1, {"kind": "refresh", "every": 2}), (0, {"kind": "ema", "alpha": 0.5})],
 )
-def test_killed_at_any_write_and_resumed_it_ends_the_same(staleness, reference, monkeypatch):
-    """Dies before or after every third rename and removal of a file or folder, resumes, and compares everything."""
-    calls, die_at = 0, None
-
-    def fatal(real, counts=lambda *args: True):
-        def call(*args, **kwargs):
-            nonlocal calls
-            for act in (lambda: None, lambda: real(*args, **kwargs)):
-                if counts(*args):
-                    calls += 1
-                    if die_at is not None and calls >= die_at:
-                        raise Killed
-                act()
-
-        return call
-
-    monkeypatch.setattr(files.os, "replace", fatal(os.replace))
-    monkeypatch.setattr(files.shutil, "rmtree", fatal(shutil.rmtree, lambda path, **_: Path(path).exists()))
-    overrides = {"run__keep_checkpoints": staleness + 1, "reference": reference}
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # no fsync to wait for
-    with tempfile.TemporaryDirectory(dir=memory, ignore_cleanup_errors=True) as folder:
-        config = make_config(Path(folder) / "whole", loop__max_staleness=staleness, **overrides)
-        whole, calls = make_parts(config), 0
-        run_rounds(whole)
-        expected, points = content(whole.ledger.root), calls
-        assert points > 100
-        for point in range(2, points, 3):
-            config = make_config(Path(folder) / str(point), loop__max_staleness=staleness, **overrides)
-            parts, calls, die_at = make_parts(config), 0, point
-            with pytest.raises(Killed):
+def test_killed_anywhere_and_resumed_it_ends_the_same(staleness, reference):
+    """Dies at every seventh fail point, resumes, and compares everything."""
+    overrides = {"run__keep_checkpoints": staleness + 1, "reference": reference, "loop__max_staleness": staleness}
+    with memory_folder() as folder:
+        whole = make_parts(make_config(folder / "whole", **overrides))
+        with killed_at(None) as points:
+            run_rounds(whole)
+        expected = content(whole.ledger.root)
+        assert len(points) > 250
+        for point in range(2, len(points), 7):
+            config = make_config(folder / str(point), **overrides)
+            parts = make_parts(config)
+            with pytest.raises(Killed), killed_at(point):
                 run_rounds(parts)
             parts.sampler.shutdown()
-            die_at = None
             again = make_parts(config)
             run_rounds(again)
-            assert content(again.ledger.root) == expected, f"killed at {point} of {points}"
+            assert content(again.ledger.root) == expected, f"killed at {points[point - 1]}, point {point}"
 
 
 def test_failures_under_the_bound_are_counted_and_never_trained_on(tmp_path):
