@@ -57,7 +57,7 @@ KILLS_A_RUN = 8
 """With --every-point."""
 ONLY_RESUMED = ("restore.loaded", "sweep.removed")
 """Points that a run comes to only where it was killed before."""
-REMADE = {"judge_trial.json", "pairs.parquet", "metrics.jsonl", "eval.parquet", "policy", "trainer", "reference"}
+REMADE = {"judge_trial.json", "metrics.jsonl", "eval.parquet", "policy", "trainer", "reference"}
 """Made again while their round is not committed, although they were whole."""
 
 

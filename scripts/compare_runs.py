@@ -30,11 +30,11 @@ import yaml
 LEFT_OUT = ("lock", "lock.owner.json", "timeline.jsonl", "report.html", "tensorboard/*")
 """Telemetry, and what a process that was killed may leave: nothing that a run reads."""
 CLOCKS = {
-    "metrics.jsonl": {"seconds", "phase_seconds", "wall_seconds", "idle_seconds"},
-    "run.json": {"created"},
+    "metrics.jsonl": {"seconds", "phase_seconds", "wall_seconds", "idle_seconds", "sha256"},
+    "run.json": {"created", "sha256"},
     "config.yaml": {"dir", "name"},
 }
-"""File -> fields that depend on when or where a run was made."""
+"""File -> fields that depend on when or where a run was made, and hashes of such."""
 JUDGING = ("calls", "hits", "retries", "prompt_tokens", "response_tokens", "cost", "cut", "failed_calls", "latency_")
 """Metrics judge_*: what was really asked, which is more after a kill, or less."""
 
@@ -152,8 +152,9 @@ def _fields(path: Path) -> Any:
         value = [json.loads(line) for line in text.splitlines()]
     else:
         value = json.loads(text)
-    if path.name == "COMMIT.json":  # it hashes a file with clocks in it
+    if path.name == "COMMIT.json":  # it hashes a file with clocks in it, and maybe itself
         value["files"].get("metrics.jsonl", {}).clear()
+        value.pop("sha256", None)
     return _without_clocks(value, CLOCKS.get(path.name, set()))
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from online_po import examples
 from online_po.errors import ConfigError, NoPairsError
 from online_po.examples import make_examples
 from online_po.loop import run_rounds
@@ -345,6 +346,34 @@ def test_killed_anywhere_and_resumed_it_ends_the_same(settings):
             again = parts_in(str(point))
             run_rounds(again)
             assert content(again.ledger.root) == expected, f"killed at {points[point - 1]}, point {point}"
+
+
+def test_pairs_that_are_there_are_not_built_again(tmp_path, monkeypatch):
+    whole = make_parts(make_config(tmp_path / "whole", **NO_EVALUATION))
+    with killed_at(None) as points:
+        run_rounds(whole)
+    config = make_config(tmp_path / "killed", **NO_EVALUATION)
+    parts = make_parts(config)
+    with pytest.raises(Killed), killed_at(points.index("pair.end") + 1):
+        run_rounds(parts)
+    parts.sampler.shutdown()
+    built, build = [], examples.ExampleBuilder.tables
+    monkeypatch.setattr(examples.ExampleBuilder, "tables", lambda self: (built.append(self.round), build(self))[1])
+    again = make_parts(config)
+    run_rounds(again)
+    assert built == [2, 3]
+    clocks = {"phase_seconds", "wall_seconds", "idle_seconds"}
+    rows = [{k: v for k, v in p.ledger.round_row(1).items() if k not in clocks} for p in (again, whole)]
+    assert rows[0] == rows[1] and rows[0]["responses"] > 0
+
+
+def test_a_round_without_pairs_says_so_again(tmp_path):
+    config = make_config(tmp_path, **NO_EVALUATION)
+    for _ in range(2):
+        parts = make_parts(config)
+        parts.judges.tie = True
+        with pytest.raises(NoPairsError, match=r"8 x tie"):
+            run_rounds(parts)
 
 
 @pytest.mark.parametrize("strategy", ["random", "hardest", "spin"])

@@ -22,7 +22,8 @@ def calls(name: str) -> set[str]:
     found = set()
     for package in ("online_po", "actors", "judges"):
         for path in sorted((ROOT / package).rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text())):
+            text = path.read_text()
+            for node in ast.walk(ast.parse(text)) if f"{name}(" in text else ():
                 if isinstance(node, ast.Call) and ast.unparse(node.func).removeprefix("self.") == name:
                     assert isinstance(node.args[0], ast.Constant | ast.JoinedStr), f"{path}:{node.lineno}: no literal"
                     if isinstance(node.args[0], ast.Constant):
