@@ -108,7 +108,8 @@ class Chaos:
         self.in_process = engine in ("fakes", "local")
         self.outlived = 0
         """Processes of killed runs that had to be ended here."""
-        (folder / "ray").mkdir()
+        # Not in `folder`: the paths of Ray's sockets must be short.
+        self.ray = Path(tempfile.mkdtemp(prefix="chaos-ray-", dir="/tmp"))
         make_tiny_model(folder / "model")
         if self.in_process:
             warm_up(folder)
@@ -197,7 +198,7 @@ class Chaos:
             **(more or {}),
             MARKER: str(folder),
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")]),
-            "RAY_TMPDIR": str(self.folder / "ray"),
+            "RAY_TMPDIR": str(self.ray),
         }
         log = (os.POSIX_SPAWN_OPEN, 1, str(folder / "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         both = [log, (os.POSIX_SPAWN_DUP2, 1, 2)]
@@ -228,9 +229,8 @@ class Chaos:
             except psutil.NoSuchProcess:
                 continue
         psutil.wait_procs(left, timeout=30)
-        for session in (self.folder / "ray").iterdir():
-            if session.is_dir() and not session.is_symlink():
-                shutil.rmtree(session, ignore_errors=True)
+        shutil.rmtree(self.ray)
+        self.ray.mkdir()
 
     def _differences(self, whole: Path, run: Path) -> list[str]:
         """Compares in a child: this process, which is forked again and again, must start no threads."""
@@ -476,6 +476,7 @@ def main() -> None:
         trials.append(chaos.trial(len(trials), shape, wholes[shape], kills))
         wrong = "; ".join(trials[-1].wrong[:1])
         print(f"{len(trials)} {shape} {[kill.point or round(kill.seconds, 2) for kill in kills]} {wrong}", flush=True)
+    shutil.rmtree(chaos.ray)
     show(trials, chaos)
     missing = never_killed(trials, args.engine) if args.every_point else []
     if args.point:

@@ -83,7 +83,7 @@ def make_config(folder: Path, shape: str, engine: EngineName, model: Path) -> Co
             "max_tokens": 10,
             "chunk_prompts": 3,
             "threads": 1,
-            **({"cpu_kv_cache_gib": 0.1} if engine == "vllm" else {}),
+            **({"cpu_kv_cache_gib": 0.2} if engine == "vllm" else {}),
         },
         "judge": {
             "kind": "python",
