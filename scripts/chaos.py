@@ -26,9 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -40,8 +38,21 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from chaos_kills import (
+    Kill,
+    Trial,
+    Whole,
+    count_pieces,
+    every_point,
+    flip_a_byte,
+    may_be_remade,
+    never_killed,
+    pieces,
+    random_kills,
+    table_of,
+)
 from chaos_runs import ENGINES, SHAPES, EngineName, make_config, run_here
-from compare_runs import LEFT_OUT, compare_runs
+from compare_runs import compare_runs
 from make_tiny_model import make_tiny_model
 from online_po import fail_points
 from online_po.config import Config
@@ -53,51 +64,6 @@ STOPPED = 5
 """Exit status of a run that a guard stopped, and that is to be resumed."""
 RAY_DIES_S = 30.0
 """Ray's processes end by themselves when they miss the one that started them; after so long they are helped."""
-KILLS_A_RUN = 8
-"""With --every-point."""
-ONLY_RESUMED = ("restore.loaded", "sweep.removed")
-"""Points that a run comes to only where it was killed before."""
-REMADE = {"judge_trial.json", "metrics.jsonl", "eval.parquet", "policy", "trainer", "reference"}
-"""Made again while their round is not committed, although they were whole."""
-
-
-@dataclass(kw_only=True)
-class Kill:
-    """One kill: at a fail point (`name[@kind][:nth]`), or after some seconds."""
-
-    point: str | None = None
-    seconds: float = 0.0
-    damage: bool = False
-    """A byte of a response part is flipped afterwards, so that the next start has something to drop."""
-    happened: bool = False
-    reused: int = 0
-    """Pieces that were whole at the kill and are the same files in the finished run."""
-    redone: list[str] = field(default_factory=list)
-    """Pieces that were whole at the kill, but were made again."""
-
-    @property
-    def row(self) -> str:
-        """Where it counts in the table."""
-        return "random time" if self.point is None else self.point.partition(":")[0]
-
-
-@dataclass(kw_only=True)
-class Trial:
-    """One run, its kills, and what is wrong with how it ended."""
-
-    shape: str
-    kills: list[Kill]
-    wrong: list[str] = field(default_factory=list)
-
-
-@dataclass(kw_only=True)
-class Whole:
-    """A run that was never stopped."""
-
-    run: Path
-    seconds: float
-    passed: list[str]
-    """The fail points that it came to, in order, by `fail_points.label`."""
 
 
 class Chaos:
@@ -208,7 +174,8 @@ class Chaos:
         """Waits for a process, or kills its group after some seconds; then for all that it left."""
         code = wait_for(pid, self.limit_s if kill_after is None else kill_after)
         if code is None:
-            os.killpg(pid, signal.SIGKILL)
+            # A fork has nobody beside it, and may not lead its group yet.
+            (os.kill if self.in_process else os.killpg)(pid, signal.SIGKILL)
             code = wait_for(pid, 60.0)
             if kill_after is None:
                 code = 999
@@ -300,104 +267,7 @@ def warm_up(folder: Path) -> None:
         run_here(make_config(Path(warm), "ahead", "fakes", folder / "model"), "fakes")
 
 
-# -- pieces ----------------------------------------------------------------------------------------
-
-
-def pieces(run: Path) -> dict[str, tuple[int, int]]:
-    """The whole pieces in a run folder: path -> (inode, time written). Not what every start or roll-back rewrites."""
-    rewritten = (*LEFT_OUT, "*.tmp", "*.sqlite*", "config.yaml", "run.json", "roll_backs.json", "guard_stops.json")
-    found = {}
-    for path in run.rglob("*"):
-        name = path.relative_to(run)
-        if path.is_file() and ".tmp" not in str(name) and not any(name.match(pattern) for pattern in rewritten):
-            about = path.stat()
-            found[str(name)] = (about.st_ino, about.st_mtime_ns)
-    return found
-
-
-def count_pieces(kill: Kill, then: dict[str, tuple[int, int]], at_end: dict[str, tuple[int, int]]) -> None:
-    """What became of the pieces that were whole at a kill. Old weights that were pruned since are neither."""
-    kept = set(at_end.values())
-    kill.reused = sum(file in kept for file in then.values())
-    kill.redone = sorted(name for name, file in then.items() if file not in kept and name in at_end)
-
-
-def may_be_remade(name: str, committed: set[str]) -> bool:
-    """Whether a piece may be made again although it was whole."""
-    path = Path(name)
-    if path.name == "eval.parquet":  # eval.json makes it count
-        return True
-    in_committed = any(name.startswith(f"{round_}/") for round_ in committed)
-    return not in_committed and bool(REMADE & {path.name, path.parent.name})
-
-
-def flip_a_byte(run: Path) -> None:
-    """Damages the first response part of the newest round."""
-    part = max(run.glob("rounds/*/responses/part-00000.parquet"))
-    data = bytearray(part.read_bytes())
-    data[len(data) // 3] ^= 0xFF
-    part.write_bytes(data)
-
-
-# -- which kills -----------------------------------------------------------------------------------
-
-
-def random_kills(rng: random.Random, whole: Whole) -> list[Kill]:
-    """One to four kills of one run: three of ten at a random time, else at a fail point."""
-    kills: list[Kill] = []
-    hits = Counter(whole.passed)
-    for place in range(rng.choices([1, 2, 3, 4], [4, 3, 2, 1])[0]):
-        if rng.random() < 0.3:
-            kills.append(Kill(seconds=rng.uniform(0.0, whole.seconds)))
-            continue
-        point = rng.choice(sorted([*hits, *(ONLY_RESUMED if place else ())]))
-        # What a resumed run has done already it does not come to again.
-        nth = rng.randint(1, max(1, hits[point] // (1 + place)))
-        kills.append(Kill(point=f"{point}:{nth}"))
-    return kills
-
-
-def every_point(rng: random.Random, wholes: dict[str, Whole]) -> list[tuple[str, list[Kill]]]:
-    """(shape, kills) of runs that die at every fail point, on every kind of file, once; each run at many."""
-    made: list[tuple[str, list[Kill]]] = []
-    left = {point for whole in wholes.values() for point in whole.passed}
-    for shape, whole in wholes.items():
-        own = sorted(left & set(whole.passed))
-        left -= set(own)
-        rng.shuffle(own)
-        for begin in range(0, len(own), KILLS_A_RUN):
-            # In the order of where a run may come to them: so what is left of it after a kill has the next point.
-            some = own[begin : begin + KILLS_A_RUN]
-            places = {p: rng.choice([i for i, q in enumerate(whole.passed) if p == q]) for p in some}
-            made.append((shape, [Kill(point=point) for point in sorted(places, key=lambda p: places[p])]))
-    shape = next(iter(wholes))
-    after = {
-        "restore.loaded": Kill(point="commit.end:2"),
-        "sweep.removed": Kill(point="file.written@responses:2"),
-        "sweep.dropped": Kill(point="judge.end", damage=True),
-    }
-    return [*made, *((shape, [first, Kill(point=point)]) for point, first in after.items())]
-
-
-def never_killed(trials: Sequence[Trial], engine: EngineName) -> list[str]:
-    """Fail points that no run died at."""
-    died = {kill.row.partition("@")[0] for trial in trials for kill in trial.kills if kill.happened}
-    elsewhere = {"learner.policy_saved"} if engine == "fakes" else set()
-    return sorted(set(fail_points.NAMES) - died - elsewhere)
-
-
 # -- what is told ----------------------------------------------------------------------------------
-
-
-def table_of(trials: Sequence[Trial]) -> dict[str, dict[str, int]]:
-    """Fail point -> kills, pieces reused, pieces redone, runs killed there that came out wrong."""
-    rows: dict[str, Counter[str]] = {}
-    for trial in trials:
-        for kill in trial.kills:
-            if kill.happened:
-                row = rows.setdefault(kill.row, Counter(kills=0, reused=0, redone=0, mismatches=0))
-                row.update(kills=1, reused=kill.reused, redone=len(kill.redone), mismatches=bool(trial.wrong))
-    return {name: dict(rows[name]) for name in sorted(rows)}
 
 
 def show(trials: Sequence[Trial], chaos: Chaos) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import chaos
-from chaos import Kill, Trial, Whole
+import chaos_kills
+from chaos_kills import Kill, Trial, Whole
 from online_po.fail_points import NAMES
 from tests.kills import memory_folder
 
@@ -91,7 +92,7 @@ def wholes() -> dict[str, Whole]:
 
 
 def test_every_point_is_killed_at_once_in_the_order_a_run_comes_to_them(wholes):
-    planned = chaos.every_point(random.Random(3), wholes)
+    planned = chaos_kills.every_point(random.Random(3), wholes)
     points = [(shape, [kill.point for kill in kills]) for shape, kills in planned]
     assert [sorted(points[0][1]), points[1]] == [sorted(set(PASSED)), ("ahead", ["prune.begin"])]
     assert points[0][1][:2] == ["start.begin", "file.synced@run.json"]
@@ -99,30 +100,30 @@ def test_every_point_is_killed_at_once_in_the_order_a_run_comes_to_them(wholes):
 
 
 def test_random_kills_are_the_seeds(wholes):
-    drawn = [[chaos.random_kills(random.Random(seed), wholes["ahead"]) for seed in range(200)] for _ in range(2)]
+    drawn = [[chaos_kills.random_kills(random.Random(seed), wholes["ahead"]) for seed in range(200)] for _ in range(2)]
     assert drawn[0] == drawn[1]
     kills = [kill for run in drawn[0] for kill in run]
     assert {len(run) for run in drawn[0]} == {1, 2, 3, 4}
     at_random = [kill.seconds for kill in kills if kill.point is None]
     assert 0.2 < len(at_random) / len(kills) < 0.4 and max(at_random) <= 2.0
     points = {kill.row for kill in kills} - {"random time"}
-    assert points == {*PASSED, "prune.begin", *chaos.ONLY_RESUMED}
-    assert not any(run[0].row in chaos.ONLY_RESUMED for run in drawn[0])
+    assert points == {*PASSED, "prune.begin", *chaos_kills.ONLY_RESUMED}
+    assert not any(run[0].row in chaos_kills.ONLY_RESUMED for run in drawn[0])
 
 
 def test_points_without_a_kill_are_told():
     trial = Trial(shape="ahead", kills=[Kill(point=f"{name}:2", happened=True) for name in NAMES[2:]])
     trial.kills.append(Kill(point=NAMES[0]))
-    assert chaos.never_killed([trial], "local") == sorted(NAMES[:2])
-    assert "learner.policy_saved" in chaos.never_killed([], "local")
-    assert "learner.policy_saved" not in chaos.never_killed([], "fakes")
+    assert chaos_kills.never_killed([trial], "local") == sorted(NAMES[:2])
+    assert "learner.policy_saved" in chaos_kills.never_killed([], "local")
+    assert "learner.policy_saved" not in chaos_kills.never_killed([], "fakes")
 
 
 def test_pieces_are_reused_redone_or_pruned():
     kill = Kill(point="commit.end")
     then = {"rounds/000001/a": (1, 10), "rounds/000001/b": (2, 10), "rounds/000001/policy/c": (3, 10)}
     moved = {"rolled_back/001/000001/a": (1, 10), "rounds/000001/a": (7, 30), "rounds/000001/b": (2, 20)}
-    chaos.count_pieces(kill, then, moved)
+    chaos_kills.count_pieces(kill, then, moved)
     assert (kill.reused, kill.redone) == (1, ["rounds/000001/b"])
 
 
@@ -142,14 +143,14 @@ def test_pieces_are_reused_redone_or_pruned():
     ],
 )
 def test_what_may_be_made_again(name, committed, may):
-    assert chaos.may_be_remade(name, committed) == may
+    assert chaos_kills.may_be_remade(name, committed) == may
 
 
 def test_the_table_counts_by_fail_point():
     first = Trial(shape="ahead", kills=[Kill(point="learn.step:2", happened=True, reused=5, redone=["x"]), Kill()])
     second = Trial(shape="ahead", kills=[Kill(point="learn.step", happened=True, reused=2)], wrong=["y: 1 there"])
     third = Trial(shape="ahead", kills=[Kill(seconds=0.5, happened=True)])
-    assert chaos.table_of([first, second, third]) == {
+    assert chaos_kills.table_of([first, second, third]) == {
         "learn.step": {"kills": 2, "reused": 7, "redone": 1, "mismatches": 1},
         "random time": {"kills": 1, "reused": 0, "redone": 0, "mismatches": 0},
     }
