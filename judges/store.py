@@ -24,6 +24,7 @@ import psutil
 
 from judges.questions import Answer
 from online_po.errors import BudgetError, LedgerError
+from online_po.fail_points import fail_point
 from online_po.judge_cache import (
     APPLICATION_ID,
     BUSY_TIMEOUT_S,
@@ -287,7 +288,9 @@ class JudgeStore:
                     " ON CONFLICT (round, judge) DO UPDATE SET count = count + excluded.count",
                     (round_, judge, count),
                 )
+            fail_point("judge_cache.written")
             self._connection.execute("COMMIT")
+            fail_point("judge_cache.committed")
             self._hits.clear()
         except Exception as error:
             with suppress(sqlite3.Error):

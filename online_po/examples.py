@@ -42,9 +42,28 @@ REMEDIES: dict[pairs.Skip, str] = {
 def make_examples(parts: Parts, round_: int, prompts: PromptRows, held: Reference) -> tuple[pa.Table, dict[str, Any]]:
     """(the round's pairs or labels, metrics of its sampling); `held`: the round's reference, for hardest_reward.
 
+    What the ledger holds already is kept. In the file the round's own examples come first. Raises NoPairsError if there
+    are none.
+    """
+    ledger, kind = parts.ledger, parts.config.example_kind
+    if not ledger.has_examples(round_, kind):
+        _write_examples(parts, round_, prompts, held)
+    notes = ledger.example_notes(round_, kind)
+    if notes["own"] == 0:
+        raise NoPairsError(_why_nothing(round_, kind, len(prompts), Counter(notes["metrics"]["pair_skips"])))
+    examples = ledger.examples(round_, kind)
+    return examples, {
+        "sources": count_sources(examples),
+        "flipped": int(pc.sum(examples["flipped"]).as_py()),
+        **notes["metrics"],
+    }
+
+
+def _write_examples(parts: Parts, round_: int, prompts: PromptRows, held: Reference) -> None:
+    """Writes the round's examples, with metrics of its sampling in their notes.
+
     Read and written part by part, so that memory stays flat; only pairs.balance_column holds a round's examples, and
-    hardest_reward its responses. In the file the round's own examples come first. Raises NoPairsError if there are
-    none.
+    hardest_reward its responses.
     """
     config, ledger, kind = parts.config, parts.ledger, parts.config.example_kind
     rewards: Iterator[list[float]] | None = None
@@ -58,21 +77,16 @@ def make_examples(parts: Parts, round_: int, prompts: PromptRows, held: Referenc
             writer.write(table)
         for table in mixed_in(parts, round_, own, notes):
             writer.write(table)
+        notes["metrics"] = {
+            "pair_skips": dict(builder.skips),
+            "pair_drops": dict(dropped),
+            "judge_failures": dict(builder.failures),
+            "policy_version_sampled": builder.version,
+            **builder.length_metrics(),
+            **builder.agreement.result(),
+            **builder.stats.result(),
+        }
         writer.note(notes)
-    if own == 0:
-        raise NoPairsError(_why_nothing(round_, kind, len(prompts), builder.skips))
-    examples = ledger.examples(round_, kind)
-    metrics = {
-        "pair_skips": dict(builder.skips),
-        "pair_drops": dict(dropped),
-        "judge_failures": dict(builder.failures),
-        "sources": count_sources(examples),
-        "flipped": int(pc.sum(examples["flipped"]).as_py()),
-        "policy_version_sampled": builder.version,
-        **builder.length_metrics(),
-        **builder.agreement.result(),
-    }
-    return examples, metrics | builder.stats.result()
 
 
 def count_examples(examples: pa.Table) -> dict[str, Any]:

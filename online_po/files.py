@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from online_po.errors import LedgerError
+from online_po.fail_points import fail_point
 
 TMP = ".tmp"
 """Suffix of everything not yet whole; such leftovers are deleted when a run is opened."""
@@ -32,12 +33,16 @@ def atomic(path: Path) -> Iterator[Path]:
         _make_folder(path.parent)
         try:
             yield temporary
+            fail_point("file.written", path)
             _fsync(temporary)
+            fail_point("file.synced", path)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        fail_point("file.renamed", path)
         _fsync(path.parent)
+        fail_point("file.durable", path)
 
 
 @contextmanager
@@ -49,15 +54,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             _make_folder(temporary)
             yield temporary
+            fail_point("folder.written", path)
             for file in sorted(temporary.rglob("*")):
                 _fsync(file)
             _fsync(temporary)
+            fail_point("folder.synced", path)
             remove_folder(path)
+            fail_point("folder.cleared", path)
             os.replace(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        fail_point("folder.renamed", path)
         _fsync(path.parent)
+        fail_point("folder.durable", path)
 
 
 def remove_folder(path: Path) -> None:
@@ -66,7 +76,9 @@ def remove_folder(path: Path) -> None:
         doomed = path.with_name(path.name + ".removed" + TMP)
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(path, doomed)
+        fail_point("remove.renamed", path)
         shutil.rmtree(doomed, ignore_errors=True)
+        fail_point("remove.done", path)
 
 
 def move_folder(path: Path, to: Path) -> None:
@@ -74,8 +86,10 @@ def move_folder(path: Path, to: Path) -> None:
     with _explained(to):
         _make_folder(to.parent)
         os.replace(path, to)
+        fail_point("move.renamed", path)
         _fsync(to.parent)
         _fsync(path.parent)
+        fail_point("move.durable", path)
 
 
 def _make_folder(path: Path) -> None:

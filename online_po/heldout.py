@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from online_po.evaluation import best_version, compare, summarise
+from online_po.fail_points import fail_point
 from online_po.guards import Finding, evaluation_findings
 from online_po.judging import check_failure_rate
 from online_po.parts import Parts
@@ -72,6 +73,7 @@ def evaluate_heldout(parts: Parts, version: int, round_: int) -> dict[str, Any]:
         against_start=duels is not None,
     )
     summary |= {"attempt": ledger.attempt, "guards": _findings(parts, version, table)}
+    fail_point("evaluate.judged")
     ledger.write_evaluation(version, table, summary)
     return summary
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from online_po.errors import ConfigError
+from online_po.fail_points import fail_point
 from online_po.judge_configs import JudgeBase
 from online_po.ledger import Ledger
 from online_po.parts import Parts
@@ -171,7 +172,10 @@ def try_judge(
         trial = assess(pairs, judges.submit(groups).result())
     observer.message(f"judge before the run: {describe(trial)}")
     require_trial(config, trial)
-    ledger.write_judge_trial(0, trial.as_dict())
+    fail_point("preflight.judged")
+    # A resumed run's judge must pass too, but what is in the ledger, and hashed there, is the first word.
+    if ledger.last_committed() is None or ledger.judge_trial(0) is None:
+        ledger.write_judge_trial(0, trial.as_dict())
 
 
 def calibrate(parts: Parts, round_: int) -> None:
@@ -182,7 +186,7 @@ def calibrate(parts: Parts, round_: int) -> None:
         return
     if ledger.judge_trial(round_) is not None:
         return
-    with parts.observer.phase("calibrate", round_):
+    with parts.phase("calibrate", round_):
         # Asked anew: what is remembered is what it said before.
         groups = trial_groups(parts.known, round_)
         answers = parts.judges.submit(groups, round_, occasion=f"calibration {round_}").result()

@@ -14,6 +14,7 @@ from typing import Any
 
 from online_po.config import Config
 from online_po.errors import BudgetError, GuardError, JudgeFailureRateError, NonFiniteError
+from online_po.fail_points import fail_point
 from online_po.judge_configs import self_judges
 from online_po.judge_trials import try_judge
 from online_po.ledger import Ledger
@@ -110,6 +111,7 @@ def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: Phas
     )
 
     with ExitStack() as stack:
+        fail_point("start.begin")
         with observer.phase("start", 0):
             cluster.start(config.ray)
             stack.callback(cluster.stop)
@@ -139,6 +141,7 @@ def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: Phas
                 stack.callback(judges.close)
             for group in (*groups, judges):
                 group.ready(max(0.0, deadline - time.monotonic()))
+        fail_point("start.end")
         run_rounds(
             Parts(
                 config=config,

@@ -31,6 +31,7 @@ from online_po import policy_model
 from online_po.adapters import adapter_replaced, blend_adapters
 from online_po.batching import MISMATCHED, Examples, MicroBatch, epoch_order, global_batches
 from online_po.errors import ConfigError, OnlinePOError, first_line
+from online_po.fail_points import fail_point
 from online_po.logps import LogpModel, require_known_head
 from online_po.loss_configs import LossBase
 from online_po.model_config import load_tokenizer
@@ -313,6 +314,7 @@ class TorchLearner:
             policy_model.write_policy(policy_dir, self.model, whole)
             if self.config.lora is None:
                 self.tokenizer.save_pretrained(policy_dir)
+        fail_point("learner.policy_saved")
         del whole  # before the moments, which are twice as large
         moments = optimizer_tensors(self.optimizer, self._trained())
         if self.rank == 0:

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from online_po import files
 from online_po.config import Config
 from online_po.errors import ConfigError, LedgerError
+from online_po.fail_points import fail_point
 from online_po.judge_cache import CACHE
 from online_po.pieces import ExampleKind, Pieces
 from online_po.step_checkpoints import STEPS
@@ -168,6 +169,7 @@ class Ledger(Pieces):
         back whole: they are made again."""
         for path in [*self.root.glob(f"*{files.TMP}"), *self.root.glob(f"rounds/**/*{files.TMP}")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            fail_point("sweep.removed", path)
         last = self.last_committed()
         for round_ in self.rounds():
             if last is None or round_ > last:
@@ -182,8 +184,10 @@ class Ledger(Pieces):
             made = [folder / f"{name}_logps.parquet" for name in ("reference", "start", "response")]
             made += [folder / f"{kind}.parquet" for kind in get_args(ExampleKind)]
             made += [folder / "judgements" / path.name for path in damaged if path.parent.name == "responses"]
-            for path in [*damaged, folder / "judged.json", *made]:
+            # The damaged ones last: as long as they are there, a start that was cut short is made again.
+            for path in [folder / "judged.json", *made, *damaged]:
                 path.unlink(missing_ok=True)
+                fail_point("sweep.dropped", path)
             files.remove_folder(folder / STEPS)
 
     # -- rounds ----------------------------------------------------------------------------------
@@ -240,6 +244,7 @@ class Ledger(Pieces):
             files=listing,
         )
         record = {"schema_version": SCHEMA_VERSION, **asdict(commit)}
+        fail_point("commit.hashed")
         files.write_json(folder / "COMMIT.json", record)
         files.remove_folder(folder / STEPS)
         return commit

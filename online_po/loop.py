@@ -13,6 +13,7 @@ from typing import Any
 from online_po.config import Config
 from online_po.errors import ConfigError, LedgerError, NonFiniteError
 from online_po.evaluation import early_stop
+from online_po.fail_points import fail_point
 from online_po.guards import Finding
 from online_po.heldout import evaluate_heldout
 from online_po.judge_trials import calibrate, try_judge
@@ -147,6 +148,7 @@ def _restore(parts: Parts) -> int:
     _require_same_start(parts)
     if last > 0:
         load_round(parts, last)
+        fail_point("restore.loaded")
         parts.observer.message(f"resumed after round {last}")
     return last
 
@@ -216,7 +218,7 @@ class _WeightHolder:
             return
         ledger = self.parts.ledger
         self.held = None
-        with self.parts.observer.phase("sync", round_):
+        with self.parts.phase("sync", round_):
             probe = ledger.committed(version).probe
             reports = self.parts.generator.sync(ledger.policy(version, self.parts.start), probe)
         self.held = version
@@ -232,6 +234,6 @@ class _WeightHolder:
         if heldout is None or not _is_due(config, version) or ledger.evaluation_summary(version) is not None:
             return
         self._sync(version, round_)
-        with self.parts.observer.phase("evaluate", round_):
+        with self.parts.phase("evaluate", round_):
             summary = evaluate_heldout(self.parts, version, round_)
         self.parts.observer.evaluation(summary)

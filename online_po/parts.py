@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 
 from online_po.config import Config
 from online_po.errors import OnlinePOError
+from online_po.fail_points import fail_point
 from online_po.given import ResponseEncoder
 from online_po.ledger import Ledger
 from online_po.observers import PhaseTimer
@@ -45,6 +47,14 @@ class Parts:
     """Set when the run ends, for good or ill: sampling hands out no more work."""
     sampler: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="sampler"))
     """The one thread that sampling and evaluation run in; who makes the parts waits for its end."""
+
+    @contextmanager
+    def phase(self, name: str, round_: int) -> Iterator[None]:
+        """Around one phase: observers see it, and tests may kill the run before and after it."""
+        fail_point(f"{name}.begin")
+        with self.observer.phase(name, round_):
+            yield
+        fail_point(f"{name}.end")
 
     def require_going_on(self) -> None:
         """Raises OnlinePOError once the run is ending: what is sampled half must not count as whole."""

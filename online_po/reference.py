@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from online_po.fail_points import fail_point
 from online_po.parts import Parts
 from online_po.reference_configs import ReferenceConfig
 from online_po.types import Reference
@@ -32,6 +33,7 @@ def renew_reference(parts: Parts, round_: int, held: Reference, kl: float | None
     Alignment", arXiv 2404.09656): reference <- alpha * policy + (1 - alpha) * reference, in weight space.
     """
     config = parts.config.reference
+    fail_point("refresh.begin")
     reference = next_reference(config, round_, held, kl)
     if reference.blended and reference != held:
         assert config.alpha is not None

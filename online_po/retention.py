@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from online_po.config import Config
 from online_po.evaluation import best_version
+from online_po.fail_points import fail_point
 from online_po.judge_configs import self_judges
 from online_po.ledger import Ledger
 
@@ -24,7 +25,9 @@ class Retention:
             return
         spared = self._needed(newest, keep)
         only = None if self._spared is None else {*self._spared, newest - keep}
+        fail_point("prune.begin")
         self.ledger.prune(newest, keep, spared, only)
+        fail_point("prune.end")
         self._spared = set(spared)
 
     def forget(self) -> None:

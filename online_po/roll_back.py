@@ -7,6 +7,7 @@ from typing import Any
 
 from online_po.errors import GuardError, NonFiniteError
 from online_po.evaluation import best_version
+from online_po.fail_points import fail_point
 from online_po.guards import Finding
 from online_po.ledger import Ledger
 from online_po.parts import Parts
@@ -91,7 +92,9 @@ def go_back(parts: Parts, wanted: RollBack) -> int:
     good = last_good_round(ledger, finding)
     if good is None:
         raise NonFiniteError(finding["message"]) from wanted
+    fail_point("roll_back.begin")
     ledger.roll_back(since=wanted.since, to=good, guard=finding["name"], message=finding["message"])
+    fail_point("roll_back.end")
     said = f"guard {finding['name']}: {finding['message']} The run went back from round {wanted.since} to round {good}"
     if ledger.attempt > bound:
         raise GuardError(
@@ -100,6 +103,7 @@ def go_back(parts: Parts, wanted: RollBack) -> int:
         )
     parts.observer.message(f"{said}, and goes on with new sampling seeds")
     load_round(parts, good)
+    fail_point("roll_back.loaded")
     return good
 
 

@@ -16,6 +16,7 @@ from online_po.betas import drifted, next_scale, round_betas
 from online_po.config import Config
 from online_po.cursor import PromptCursor
 from online_po.examples import count_examples, make_examples
+from online_po.fail_points import fail_point
 from online_po.guards import round_findings, rows_needed
 from online_po.judge_cache import judge_statistics
 from online_po.judging import Judging
@@ -56,7 +57,7 @@ def sample_round(parts: Parts, round_: int) -> None:
                 yield part, [request(parts.config, p, "sample", round_, attempt) for p in chunk(part)]
 
     with Judging(parts, round_, len(prompts)) as judging:
-        with observer.phase("generate", round_):
+        with parts.phase("generate", round_):
             done = 0
             for part in sorted(made):
                 judging.resume(part, chunk(part))
@@ -69,7 +70,7 @@ def sample_round(parts: Parts, round_: int) -> None:
                 judging.submit(part, of, groups)
                 done += len(groups)
                 observer.progress("generate", done, len(prompts))
-        with observer.phase("judge", round_):
+        with parts.phase("judge", round_):
             judging.finish()
 
 
@@ -107,21 +108,21 @@ def train_round(parts: Parts, round_: int) -> None:
     config, ledger, observer = parts.config, parts.ledger, parts.observer
     before = ledger.committed(round_ - 1)
     held, betas = before.reference, round_betas(config.loss, round_, before.beta_scale)
-    with observer.phase("pair", round_):
+    with parts.phase("pair", round_):
         examples, sampled = make_examples(parts, round_, draw_prompts(parts, round_), held)
-    with observer.phase("reference", round_):
+    with parts.phase("reference", round_):
         anchors = make_anchors(parts, round_, examples, held)
-    with observer.phase("learn", round_):
+    with parts.phase("learn", round_):
         moved = round_ > 1 and held != ledger.committed(round_ - 2).reference
         plan = ledger.step_plan(round_, config.checkpoint.every_steps, observer.message)
         made = parts.learner.update(round_, examples, anchors.reference, anchors.start, betas, moved, plan)
         steps = list(told(parts, round_, chain(plan.metrics, made)))
     kl = anchors.sampling_kl(examples)
-    with observer.phase("save", round_):
+    with parts.phase("save", round_):
         with ledger.weights(round_) as (policy_dir, trainer_dir):
             parts.learner.save(round_, policy_dir, trainer_dir)
         reference = renew_reference(parts, round_, held, kl.get("kl_reference"))
-    with observer.phase("commit", round_):
+    with parts.phase("commit", round_):
         rows = [{"kind": "step", "round": round_, "step": i, **metrics} for i, metrics in enumerate(steps, 1)]
         means = round_means(steps)
         beta_scale = before.beta_scale
@@ -165,6 +166,7 @@ def told(parts: Parts, round_: int, steps: Iterable[dict[str, float]]) -> Iterat
             text = f"micro-batches hold {now:.0f} tokens (learner.micro_batch_tokens: {configured:.0f}): memory ran out"
             parts.observer.message(f"round {round_}, step {step}: {text}")
             held = now
+        fail_point("learn.step")
         yield metrics
 
 

@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,10 @@ def said(prompt: list[dict[str, str]], response: str, metadata: dict[str, Any]) 
     return float(response)
 
 
+def _write_skill(text: str, folder: Path) -> None:
+    (folder / "skill.json").write_text(text)
+
+
 class FakeLearner:
     def __init__(self) -> None:
         self.skill, self.steps = 0.0, 2
@@ -181,8 +186,7 @@ class FakeLearner:
                 self.taken.append((round_, step))
                 made.append({"loss": -self.skill, kind: examples.num_rows / 2, "learning_rate": 1.0})
                 if plan.is_due(step, self.steps):
-                    text = json.dumps(self.skill)
-                    writer.write(step, made, lambda folder, text=text: (folder / "skill.json").write_text(text))
+                    writer.write(step, made, partial(_write_skill, json.dumps(self.skill)))
                 yield made[-1]
         self.log.append(("update", round_, start_logps is not None))
         self.betas.append(betas)

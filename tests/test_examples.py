@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import tempfile
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from online_po import files
+from online_po import examples
 from online_po.errors import ConfigError, NoPairsError
 from online_po.examples import make_examples
 from online_po.loop import run_rounds
@@ -26,7 +23,8 @@ from online_po.run_view import load_run_view
 from online_po.tables import PAIR_SCHEMA
 from online_po.types import GivenResponse, JudgeFailure
 from tests.fakes import FakeLearner, make_config, make_prompts, read_skill
-from tests.test_loop import Killed, content
+from tests.kills import Killed, killed_at, memory_folder
+from tests.test_loop import content
 from tests.test_loop import make_parts as plain_parts
 
 REFERENCE_FREE = {"name": "simpo"}
@@ -327,39 +325,55 @@ EVERYTHING = {
     ],
     ids=["everything", "spin"],
 )
-def test_killed_at_any_write_and_resumed_it_ends_the_same(settings, monkeypatch):
-    """Dies before every fourth file that is to appear, resumes, and compares all pairs and weights."""
-    calls, die_at = 0, None
-    real = os.replace
-
-    def replace_or_die(*args):
-        nonlocal calls
-        calls += 1
-        if die_at is not None and calls >= die_at:
-            raise Killed
-        real(*args)
-
-    monkeypatch.setattr(files.os, "replace", replace_or_die)
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # no fsync to wait for
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
+def test_killed_anywhere_and_resumed_it_ends_the_same(settings):
+    """Dies at every ninth fail point, resumes, and compares all pairs and weights."""
+    with memory_folder() as folder:
 
         def parts_in(name):
-            config = make_config(Path(folder) / name, **NO_EVALUATION, **settings, loop__rounds=4)
+            config = make_config(folder / name, **NO_EVALUATION, **settings, loop__rounds=4)
             return make_parts(config, seed_pairs=seeds(4) if "seed_path" in settings["pairs"] else None)
 
-        whole, calls = parts_in("whole"), 0
-        run_rounds(whole)
-        expected, points = content(whole.ledger.root), calls
-        assert points > 50
-        for point in range(3, points, 4):
-            parts, calls, die_at = parts_in(str(point)), 0, point
-            with pytest.raises(Killed):
+        whole = parts_in("whole")
+        with killed_at(None) as points:
+            run_rounds(whole)
+        expected = content(whole.ledger.root)
+        assert len(points) > 130
+        for point in range(3, len(points), 9):
+            parts = parts_in(str(point))
+            with pytest.raises(Killed), killed_at(point):
                 run_rounds(parts)
             parts.sampler.shutdown()
-            die_at = None
             again = parts_in(str(point))
             run_rounds(again)
-            assert content(again.ledger.root) == expected, f"killed at {point} of {points}"
+            assert content(again.ledger.root) == expected, f"killed at {points[point - 1]}, point {point}"
+
+
+def test_pairs_that_are_there_are_not_built_again(tmp_path, monkeypatch):
+    whole = make_parts(make_config(tmp_path / "whole", **NO_EVALUATION))
+    with killed_at(None) as points:
+        run_rounds(whole)
+    config = make_config(tmp_path / "killed", **NO_EVALUATION)
+    parts = make_parts(config)
+    with pytest.raises(Killed), killed_at(points.index("pair.end") + 1):
+        run_rounds(parts)
+    parts.sampler.shutdown()
+    built, build = [], examples.ExampleBuilder.tables
+    monkeypatch.setattr(examples.ExampleBuilder, "tables", lambda self: (built.append(self.round), build(self))[1])
+    again = make_parts(config)
+    run_rounds(again)
+    assert built == [2, 3]
+    clocks = {"phase_seconds", "wall_seconds", "idle_seconds"}
+    rows = [{k: v for k, v in p.ledger.round_row(1).items() if k not in clocks} for p in (again, whole)]
+    assert rows[0] == rows[1] and rows[0]["responses"] > 0
+
+
+def test_a_round_without_pairs_says_so_again(tmp_path):
+    config = make_config(tmp_path, **NO_EVALUATION)
+    for _ in range(2):
+        parts = make_parts(config)
+        parts.judges.tie = True
+        with pytest.raises(NoPairsError, match=r"8 x tie"):
+            run_rounds(parts)
 
 
 @pytest.mark.parametrize("strategy", ["random", "hardest", "spin"])

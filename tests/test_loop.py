@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from judges.runtime import LocalJudgePool
-from online_po import files, judge_view
+from online_po import judge_view
 from online_po.config import Config
 from online_po.errors import BudgetError, JudgeFailureRateError, LedgerError, NoPairsError, OnlinePOError
 from online_po.judge_cache import judge_statistics
@@ -28,6 +25,7 @@ from online_po.round import draw_prompts
 from online_po.run_view import load_run_view
 from online_po.types import JudgeFailure, Reference
 from tests.fakes import FakeGenerator, FakeJudge, FakeLearner, FakeObserver, make_config, make_prompts
+from tests.kills import Killed, killed_at, memory_folder
 
 
 def make_parts(config: Config, heldout: int = 4) -> Parts:
@@ -353,73 +351,33 @@ def test_failures_that_were_let_pass_stay_failures_after_a_resume(tmp_path):
     assert first not in again.ledger.pairs(1)["prompt_id"].to_pylist()
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it but the test."""
-
-
-class Death:
-    """Comes before or after the `at`-th rename or removal of a file or folder, and then before every other: nothing
-    that the dead process still does is seen."""
-
-    def __init__(self, monkeypatch) -> None:
-        self.calls, self.at = 0, None
-        monkeypatch.setattr(files.os, "replace", self._fatal(os.replace))
-        exists = lambda path, **_: Path(path).exists()  # noqa: E731
-        monkeypatch.setattr(files.shutil, "rmtree", self._fatal(shutil.rmtree, exists))
-
-    def _fatal(self, real, counts=lambda *args: True):
-        def call(*args, **kwargs):
-            for act in (lambda: None, lambda: real(*args, **kwargs)):
-                if counts(*args):
-                    self.calls += 1
-                    if self.at is not None and self.calls >= self.at:
-                        raise Killed
-                act()
-
-        return call
-
-    def strikes(self, parts: Parts, at: int) -> None:
-        """Runs the parts until then."""
-        self.calls, self.at = 0, at
-        with pytest.raises(Killed):
-            run_rounds(parts)
-        parts.sampler.shutdown()
-        self.at = None
-
-
-@pytest.fixture
-def memory():
-    """A folder without an fsync to wait for."""
-    shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=shared, ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
-
-
 @pytest.mark.parametrize(
     ("staleness", "reference"),
     [(0, {"kind": "refresh", "every": 2}), (1, {"kind": "refresh", "every": 2}), (0, {"kind": "ema", "alpha": 0.5})],
 )
-def test_killed_at_any_write_and_resumed_it_ends_the_same(staleness, reference, memory, monkeypatch):
-    """Dies before or after every third rename and removal of a file or folder, resumes, and compares everything."""
-    death = Death(monkeypatch)
+def test_killed_anywhere_and_resumed_it_ends_the_same(staleness, reference):
+    """Dies at every seventh fail point, resumes, and compares everything."""
     overrides = {"checkpoint__keep": staleness + 1, "reference": reference, "loop__max_staleness": staleness}
-    whole = make_parts(make_config(memory / "whole", **overrides))
-    death.calls = 0
-    run_rounds(whole)
-    expected, points = content(whole.ledger.root), death.calls
-    assert points > 100
-    for point in range(2, points, 3):
-        config = make_config(memory / str(point), **overrides)
-        death.strikes(make_parts(config), point)
-        again = make_parts(config)
-        run_rounds(again)
-        assert content(again.ledger.root) == expected, f"killed at {point} of {points}"
+    with memory_folder() as folder:
+        whole = make_parts(make_config(folder / "whole", **overrides))
+        with killed_at(None) as points:
+            run_rounds(whole)
+        expected = content(whole.ledger.root)
+        assert len(points) > 250
+        for point in range(2, len(points), 7):
+            config = make_config(folder / str(point), **overrides)
+            parts = make_parts(config)
+            with pytest.raises(Killed), killed_at(point):
+                run_rounds(parts)
+            parts.sampler.shutdown()
+            again = make_parts(config)
+            run_rounds(again)
+            assert content(again.ledger.root) == expected, f"killed at {points[point - 1]}, point {point}"
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_killed_at_any_write_of_an_update_it_ends_the_same_and_few_steps_are_made_twice(every, memory, monkeypatch):
+def test_killed_anywhere_in_an_update_it_ends_the_same_and_few_steps_are_made_twice(every):
     """Inside a step checkpoint, between two, and where they are deleted, before and after the commit."""
-    death = Death(monkeypatch)
     changes = {"prompts": {"path": "p"}, "eval": {"every": 0}, "loop__rounds": 1, "generator__chunk_prompts": 8}
 
     def start(folder: Path) -> Parts:
@@ -427,25 +385,27 @@ def test_killed_at_any_write_of_an_update_it_ends_the_same_and_few_steps_are_mad
         parts.learner.steps = 6
         return parts
 
-    whole = start(memory / "whole")
-    death.calls, began = 0, []
-    update = whole.learner.update
-    whole.learner.update = lambda *args: (began.append(death.calls), update(*args))[1]
-    run_rounds(whole)
-    expected, points = content(whole.ledger.root), death.calls
-    reused = 0
-    for point in range(began[0] + 1, points + 1):
-        parts = start(memory / str(point))
-        death.strikes(parts, point)
-        again = start(memory / str(point))
-        run_rounds(again)
-        assert content(again.ledger.root) == expected, f"killed at {point} of {points}"
-        assert not list(again.ledger.root.glob("rounds/*/steps*"))
-        made = [*parts.learner.taken, *again.learner.taken]
-        # Those since the newest checkpoint, and those that were made while the next one was written.
-        assert len(made) - len(set(made)) <= 2 * every, f"killed at {point} of {points}: {made}"
-        reused += 0 < len(again.learner.taken) < 6
-    assert reused > 5
+    with memory_folder() as folder:
+        whole, began = start(folder / "whole"), []
+        update = whole.learner.update
+        with killed_at(None) as points:
+            whole.learner.update = lambda *args: (began.append(len(points)), update(*args))[1]
+            run_rounds(whole)
+        expected, reused = content(whole.ledger.root), 0
+        for point in range(began[0] + 1, len(points) + 1):
+            parts, label = start(folder / str(point)), f"killed at {points[point - 1]}, point {point}"
+            with pytest.raises(Killed), killed_at(point):
+                run_rounds(parts)
+            parts.sampler.shutdown()
+            again = start(folder / str(point))
+            run_rounds(again)
+            assert content(again.ledger.root) == expected, label
+            assert not list(again.ledger.root.glob("rounds/*/steps*"))
+            made = [*parts.learner.taken, *again.learner.taken]
+            # Those since the newest checkpoint, and those that were made while the next one was written.
+            assert len(made) - len(set(made)) <= 2 * every, f"{label}: {made}"
+            reused += 0 < len(again.learner.taken) < 6
+        assert reused > 5
 
 
 def test_failures_under_the_bound_are_counted_and_never_trained_on(tmp_path):

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from online_po import files
 from online_po.config import Config
 from online_po.errors import GuardError, NonFiniteError
 from online_po.ledger import Ledger
 from online_po.loop import is_finished, last_round, run_rounds
 from online_po.parts import Parts
 from tests.fakes import FakeGenerator, FakeObserver, SickLearner, make_config
+from tests.kills import Killed, killed_at, memory_folder
 from tests.test_examples import seeds
-from tests.test_loop import Killed, content, make_parts
+from tests.test_loop import content, make_parts
 
 COLLAPSE = {"entropy": 0.2}
 """Metrics on which the entropy guard fires (round 1's entropy is 2)."""
@@ -431,23 +429,8 @@ MIXES: dict[tuple[str, int], dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("case", "staleness"), list(MIXES))
-def test_killed_at_any_write_it_goes_back_and_ends_the_same(case, staleness, monkeypatch):
-    """Dies before or after renames and removals, some of them while the run goes back, resumes, and compares all."""
-    calls, die_at = 0, None
-
-    def fatal(real, counts=lambda *args: True):
-        def call(*args, **kwargs):
-            nonlocal calls
-            for act in (lambda: None, lambda: real(*args, **kwargs)):
-                if counts(*args):
-                    calls += 1
-                    if "roll" in "".join(map(str, args)):
-                        rolling.append(calls)
-                    if die_at is not None and calls >= die_at:
-                        raise Killed
-                act()
-
-        return call
+def test_killed_anywhere_it_goes_back_and_ends_the_same(case, staleness):
+    """Dies at fail points, at all of them while the run goes back, resumes, and compares all."""
 
     def make(folder: Path) -> Parts:
         overrides = {
@@ -464,22 +447,18 @@ def test_killed_at_any_write_it_goes_back_and_ends_the_same(case, staleness, mon
         parts.learner = OverFitted(parts.config) if over else SickLearner(parts.config, 3, **ill[case])
         return parts
 
-    rolling: list[int] = []
-    monkeypatch.setattr(files.os, "replace", fatal(os.replace))
-    monkeypatch.setattr(files.shutil, "rmtree", fatal(shutil.rmtree, lambda path, **_: Path(path).exists()))
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # no fsync to wait for
-    with tempfile.TemporaryDirectory(dir=memory, ignore_cleanup_errors=True) as folder:
-        whole, calls = make(Path(folder) / "whole"), 0
-        run_rounds(whole)
-        expected, points, going_back = everything(whole.ledger.root), calls, list(rolling)
-        assert len(whole.ledger.roll_backs()) == 1 and len(going_back) >= 2 * (2 + 1)
-        near = range(going_back[0] - 6, going_back[-1] + 6)
-        for point in sorted({*near, *range(2, points, 23)}):
-            parts, calls, die_at = make(Path(folder) / str(point)), 0, point
-            with pytest.raises(Killed):
+    with memory_folder() as folder:
+        whole = make(folder / "whole")
+        with killed_at(None) as points:
+            run_rounds(whole)
+        expected = everything(whole.ledger.root)
+        going_back = range(points.index("roll_back.begin") + 1, points.index("roll_back.loaded") + 2)
+        assert len(whole.ledger.roll_backs()) == 1 and len(going_back) >= 2 * 4 + 2 + 3
+        for point in sorted({*going_back, *range(2, len(points), 47)}):
+            parts = make(folder / str(point))
+            with pytest.raises(Killed), killed_at(point):
                 run_rounds(parts)
             parts.sampler.shutdown()
-            die_at = None
-            again = make(Path(folder) / str(point))
+            again = make(folder / str(point))
             run_rounds(again)
-            assert everything(again.ledger.root) == expected, f"killed at {point} of {points}"
+            assert everything(again.ledger.root) == expected, f"killed at {points[point - 1]}, point {point}"

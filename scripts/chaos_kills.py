@@ -1,0 +1,158 @@
+"""Which kills `scripts/chaos.py` tries, and what became of the pieces that were whole when a run died."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from compare_runs import LEFT_OUT
+from online_po import fail_points
+
+KILLS_A_RUN = 8
+"""With --every-point."""
+ONLY_RESUMED = ("restore.loaded", "sweep.removed")
+"""Points that a run comes to only where it was killed before."""
+REMADE = {"judge_trial.json", "metrics.jsonl", "eval.parquet", "policy", "trainer", "reference"}
+"""Made again while their round is not committed, although they were whole."""
+
+
+@dataclass(kw_only=True)
+class Kill:
+    """One kill: at a fail point (`name[@kind][:nth]`), or after some seconds."""
+
+    point: str | None = None
+    seconds: float = 0.0
+    damage: bool = False
+    """A byte of a response part is flipped afterwards, so that the next start has something to drop."""
+    happened: bool = False
+    reused: int = 0
+    """Pieces that were whole at the kill and are the same files in the finished run."""
+    redone: list[str] = field(default_factory=list)
+    """Pieces that were whole at the kill, but were made again."""
+
+    @property
+    def row(self) -> str:
+        """Where it counts in the table."""
+        return "random time" if self.point is None else self.point.partition(":")[0]
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One run, its kills, and what is wrong with how it ended."""
+
+    shape: str
+    kills: list[Kill]
+    wrong: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Whole:
+    """A run that was never stopped."""
+
+    run: Path
+    seconds: float
+    passed: list[str]
+    """The fail points that it came to, in order, by `fail_points.label`."""
+
+
+# -- which kills -----------------------------------------------------------------------------------
+
+
+def random_kills(rng: random.Random, whole: Whole) -> list[Kill]:
+    """One to four kills of one run: three of ten at a random time, else at a fail point."""
+    kills: list[Kill] = []
+    hits = Counter(whole.passed)
+    for place in range(rng.choices([1, 2, 3, 4], [4, 3, 2, 1])[0]):
+        if rng.random() < 0.3:
+            kills.append(Kill(seconds=rng.uniform(0.0, whole.seconds)))
+            continue
+        point = rng.choice(sorted([*hits, *(ONLY_RESUMED if place else ())]))
+        # What a resumed run has done already it does not come to again.
+        nth = rng.randint(1, max(1, hits[point] // (1 + place)))
+        kills.append(Kill(point=f"{point}:{nth}"))
+    return kills
+
+
+def every_point(rng: random.Random, wholes: dict[str, Whole]) -> list[tuple[str, list[Kill]]]:
+    """(shape, kills) of runs that die at every fail point, on every kind of file, once; each run at many."""
+    made: list[tuple[str, list[Kill]]] = []
+    left = {point for whole in wholes.values() for point in whole.passed}
+    for shape, whole in wholes.items():
+        own = sorted(left & set(whole.passed))
+        left -= set(own)
+        rng.shuffle(own)
+        for begin in range(0, len(own), KILLS_A_RUN):
+            # In the order of where a run may come to them: so what is left of it after a kill has the next point.
+            some = own[begin : begin + KILLS_A_RUN]
+            places = {p: rng.choice([i for i, q in enumerate(whole.passed) if p == q]) for p in some}
+            made.append((shape, [Kill(point=point) for point in sorted(places, key=lambda p: places[p])]))
+    shape = next(iter(wholes))
+    after = {
+        "restore.loaded": Kill(point="commit.end:2"),
+        "sweep.removed": Kill(point="file.written@responses:2"),
+        "sweep.dropped": Kill(point="judge.end", damage=True),
+    }
+    return [*made, *((shape, [first, Kill(point=point)]) for point, first in after.items())]
+
+
+def never_killed(trials: Sequence[Trial], engine: str) -> list[str]:
+    """Fail points that no run died at."""
+    died = {kill.row.partition("@")[0] for trial in trials for kill in trial.kills if kill.happened}
+    elsewhere = {"learner.policy_saved"} if engine == "fakes" else set()
+    return sorted(set(fail_points.NAMES) - died - elsewhere)
+
+
+# -- pieces ----------------------------------------------------------------------------------------
+
+
+def pieces(run: Path) -> dict[str, tuple[int, int]]:
+    """The whole pieces in a run folder: path -> (inode, time written). Not what every start or roll-back rewrites."""
+    rewritten = (*LEFT_OUT, "*.tmp", "*.sqlite*", "config.yaml", "run.json", "roll_backs.json", "guard_stops.json")
+    found = {}
+    for path in run.rglob("*"):
+        name = path.relative_to(run)
+        if path.is_file() and ".tmp" not in str(name) and not any(name.match(pattern) for pattern in rewritten):
+            about = path.stat()
+            found[str(name)] = (about.st_ino, about.st_mtime_ns)
+    return found
+
+
+def count_pieces(kill: Kill, then: dict[str, tuple[int, int]], at_end: dict[str, tuple[int, int]]) -> None:
+    """What became of the pieces that were whole at a kill. Old weights that were pruned since are neither."""
+    kept = set(at_end.values())
+    kill.reused = sum(file in kept for file in then.values())
+    kill.redone = sorted(name for name, file in then.items() if file not in kept and name in at_end)
+
+
+def may_be_remade(name: str, committed: set[str]) -> bool:
+    """Whether a piece may be made again although it was whole."""
+    path = Path(name)
+    if path.name == "eval.parquet":  # eval.json makes it count
+        return True
+    in_committed = any(name.startswith(f"{round_}/") for round_ in committed)
+    return not in_committed and bool(REMADE & {path.name, path.parent.name})
+
+
+def flip_a_byte(run: Path) -> None:
+    """Damages the first response part of the newest round."""
+    part = max(run.glob("rounds/*/responses/part-00000.parquet"))
+    data = bytearray(part.read_bytes())
+    data[len(data) // 3] ^= 0xFF
+    part.write_bytes(data)
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+
+def table_of(trials: Sequence[Trial]) -> dict[str, dict[str, int]]:
+    """Fail point -> kills, pieces reused, pieces redone, runs killed there that came out wrong."""
+    rows: dict[str, Counter[str]] = {}
+    for trial in trials:
+        for kill in trial.kills:
+            if kill.happened:
+                row = rows.setdefault(kill.row, Counter(kills=0, reused=0, redone=0, mismatches=0))
+                row.update(kills=1, reused=kill.reused, redone=len(kill.redone), mismatches=bool(trial.wrong))
+    return {name: dict(rows[name]) for name in sorted(rows)}
