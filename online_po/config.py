@@ -36,6 +36,7 @@ from online_po.sections import (
     EvalConfig,
     GeneratorConfig,
     LearnerConfig,
+    LimitsConfig,
     LoopConfig,
     ModelConfig,
     PromptsConfig,
@@ -90,6 +91,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()  # type: ignore[call-arg]
     guards: GuardsConfig = GuardsConfig()  # type: ignore[call-arg]
     ray: RayConfig = RayConfig()  # type: ignore[call-arg]
+    limits: LimitsConfig = LimitsConfig()  # type: ignore[call-arg]
 
     @model_validator(mode="before")
     @classmethod
@@ -298,6 +300,7 @@ class Config(Section):
             mode="json",
             exclude={
                 "ray": True,
+                "limits": True,
                 # Guards that roll back are added below: others only tell, or end the run.
                 "guards": True,
                 "eval": {"early_stop"},

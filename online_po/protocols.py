@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from online_po.errors import LearnerLostError
 from online_po.types import Group, Judgement, Policy, Probe, Request, SyncReport
 
 if TYPE_CHECKING:
@@ -107,6 +108,11 @@ class Learner(Protocol):
 
         Version 0 is the start, which has no trainer folder: weights, adapters and optimizer are as they were when
         the learner was made."""
+        ...
+
+    def restart(self, lost: LearnerLostError) -> None:
+        """Starts its processes again after a call raised this; the learner is then as it was when it was made. Raises
+        EngineError where that happens too often."""
         ...
 
 

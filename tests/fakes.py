@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from online_po.config import Config
-from online_po.errors import NonFiniteError, SyncError
+from online_po.errors import LearnerLostError, NonFiniteError, SyncError
 from online_po.ledger import Ledger
 from online_po.sections import SamplingConfig
 from online_po.types import Group, JudgeFailure, Judgement, Policy, Probe, Prompt, Request, Response, SyncReport
@@ -185,6 +185,10 @@ class FakeLearner:
         blended = alpha * self.skill + (1 - alpha) * read_skill(reference)
         (folder / "skill.json").write_text(json.dumps(blended))
         self.log.append(("blend", reference.version))
+
+    def restart(self, lost: LearnerLostError) -> None:
+        self.skill = 0.0
+        self.log.append(("restart", str(lost)))
 
     def load(self, policy: Policy, trainer_dir: Path) -> None:
         if policy.version > 0:  # the start has no trainer folder
