@@ -1,5 +1,4 @@
-"""Generator replicas: one Ray actor per engine, chunks of work for whoever is free, weights with proof, and a new
-actor in place of one that died."""
+"""Generator replicas: chunks of work for whoever is free, weights with proof, a new actor in place of one that died."""
 
 from __future__ import annotations
 
@@ -14,16 +13,9 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from actors import cluster
-from actors.engines import Engine, check_engine, environment, make_engine
-from actors.supervision import (
-    PULSE_GROUP,
-    ActorLostError,
-    EngineMemoryError,
-    Progress,
-    Pulse,
-    Supervisor,
-    out_of_memory,
-)
+from actors.engines import check_engine, environment
+from actors.replica import EngineMemoryError, GeneratorReplica, one_line
+from actors.supervision import PULSE_GROUP, ActorLostError, Supervisor
 from online_po.config import Config
 from online_po.errors import EngineError, OnlinePOError, SyncError
 from online_po.sections import SamplingConfig
@@ -32,144 +24,8 @@ from online_po.types import Group, Policy, Probe, Request, SyncReport
 IN_FLIGHT = 2
 """Chunks given to a replica: one running, one waiting, so that an engine never waits for the driver."""
 CLOSE_TIMEOUT_S = 5.0
-SAME_WEIGHTS = 1e-3
-"""How far, in nats, a replica may be from what it said of the probe before other weights were in its place."""
 SHARE = {1: 0.85, 2: 0.4, 3: 0.3}
 """`generator.gpu_memory_utilization: null`, by how many actors hold the engine's GPU."""
-
-
-class GeneratorReplica:
-    """The actor: one engine. Built empty, so that a failing start is an answer and not a dead actor."""
-
-    def __init__(self, replica: int, config: Config) -> None:
-        self._replica, self._config = replica, config
-        self._engine: Engine
-        self._held: tuple[Policy, Probe] | None = None
-        """What it samples with; None before the first sync."""
-        self._lost: SyncError | None = None
-        self._progress = Progress()
-
-    @ray.method(concurrency_group="pulse")
-    def pulse(self) -> Pulse:
-        return self._progress.pulse()
-
-    def start(self, held: tuple[Policy, Probe] | None) -> tuple[str, SyncReport | None]:
-        """Loads the starting model, and then what it is to hold, if that is known. Returns the engine's dtype and the
-        report on what it holds. Raises EngineError, ConfigError or SyncError."""
-        with self._progress.at("start"):
-            self._start()
-        return self._engine.dtype, self.sync(*held) if held is not None else None
-
-    def _start(self) -> None:
-        config = self._config
-        check_engine(config)
-        try:
-            self._engine = make_engine(config)
-        except EngineError as error:
-            raise EngineError(f"{error}{cluster.log_of_this_process()}") from error
-        except OnlinePOError:
-            raise
-        except Exception as error:  # whatever a model library raises, the user needs one line and the replica
-            raise EngineError(
-                f"generator replica {self._replica} could not start: {_one_line(error)}{cluster.log_of_this_process()}"
-            ) from error
-
-    @ray.method(num_returns="streaming")
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[dict[int, Group]]:
-        if self._lost is not None:
-            raise self._lost
-        with self._progress.at("generate"):
-            yield from self._sample(requests, sampling)
-
-    def _sample(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[dict[int, Group]]:
-        """What the engine gives; raises EngineMemoryError where it runs out of memory."""
-        try:
-            for found in self._engine.generate(requests, sampling):
-                self._progress.tick()
-                if found:
-                    yield found
-        except Exception as error:  # libraries raise many types here
-            if out_of_memory(error):
-                raise EngineMemoryError(_one_line(error)) from error
-            raise
-
-    def sync(self, policy: Policy, probe: Probe) -> SyncReport:
-        """Loads the weights and tells what is held; the verdict is the driver's. Raises SyncError if nothing loads."""
-        with self._progress.at("sync"):
-            report, self._said = self._load(policy, probe)
-        self._held, self._lost = (policy, probe), None
-        return report
-
-    def answer(
-        self, requests: Sequence[Request], sampling: SamplingConfig, policy: Policy, probe: Probe
-    ) -> tuple[list[Group], SyncReport | None]:
-        """One group a request, by that policy's weights. Where it holds others, these are loaded for it, with a report,
-        and the others put back. Raises SyncError, then and for all that it is asked later, if they do not come back."""
-        if self._lost is not None:
-            raise self._lost
-        if policy.version == self._engine.version:
-            return self._answer(requests, sampling), None
-        try:
-            with self._progress.at("sync"):
-                report, _ = self._load(policy, probe)
-            return self._answer(requests, sampling), report
-        finally:
-            with self._progress.at("sync"):
-                self._put_back(policy.version)
-
-    def _put_back(self, answered: int) -> None:
-        """Loads what it samples with; nothing more is sampled or answered if that fails."""
-        if self._held is None:
-            return
-        what = (
-            f"generator replica {self._replica} answered as policy {answered}, but is not policy "
-            f"{self._held[0].version} again"
-        )
-        self._lost = SyncError(what)
-        _, said = self._load(*self._held)
-        gaps = [abs(now - then) for now, then in zip(said, self._said, strict=True)]
-        off = sum(gaps) / len(gaps)
-        if not off <= SAME_WEIGHTS:  # written so that a NaN fails
-            self._lost = SyncError(
-                f"{what}: log-probabilities of the probe are off by {off:.4g} nats on average. Set judge.policy: "
-                "current, and report this with the versions in run.json"
-            )
-            raise self._lost
-        self._lost = None
-
-    def _answer(self, requests: Sequence[Request], sampling: SamplingConfig) -> list[Group]:
-        groups: dict[int, Group] = {}
-        with self._progress.at("answer"):
-            for found in self._sample(requests, sampling):
-                groups |= found
-        return [groups[place] for place in range(len(requests))]
-
-    def _load(self, policy: Policy, probe: Probe) -> tuple[SyncReport, list[float]]:
-        """The report, and the logps of the probe. Raises SyncError."""
-        started = time.perf_counter()
-        before = None if policy.version == self._engine.version else self._engine.token_logps(probe.token_ids)
-        try:
-            self._engine.load(policy)
-        except Exception as error:  # whatever a model library raises, the user needs the replica and the folder
-            raise SyncError(
-                f"generator replica {self._replica} could not load policy {policy.version} from "
-                f"{str(policy.path)!r}: {_one_line(error)}"
-            ) from error
-        held = self._engine.token_logps(probe.token_ids)
-        gaps = [abs(mine - theirs) for mine, theirs in zip(held, probe.token_logps, strict=True)]
-        report = SyncReport(
-            replica=self._replica,
-            policy_version=self._engine.version,
-            mean_logp_error=sum(gaps) / len(gaps),
-            unmoved=held == before,
-            seconds=time.perf_counter() - started,
-        )
-        return report, held
-
-    def close(self) -> None:
-        """Ends the engine and whatever processes it has; nothing where it never started."""
-        if hasattr(self, "_engine"):
-            self._engine.close()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -183,7 +39,8 @@ class _Replica:
     held: tuple[Policy, Probe] | None
     """What it loads as it starts, after the starting model."""
     starting: Any
-    is_again: bool
+    why: str | None
+    """Why the actor before it died; None for the first one."""
     made: float = field(default_factory=time.monotonic)
     ready: bool = False
     report: SyncReport | None = None
@@ -241,7 +98,7 @@ class GeneratorGroup:
             self._make(number, config.generator.max_num_seqs) for number in range(config.generator.replicas)
         ]
 
-    def _make(self, number: int, sequences: int, again: bool = False) -> _Replica:
+    def _make(self, number: int, sequences: int, why: str | None = None) -> _Replica:
         """A new actor, which starts."""
         config = _with_generator(self._config, max_num_seqs=sequences)
         actor = self._actor.options(**self._place.options("generator", number)).remote(number, config)
@@ -252,7 +109,7 @@ class GeneratorGroup:
             sequences=sequences,
             held=self._held,
             starting=actor.start.remote(self._held),
-            is_again=again,
+            why=why,
         )
 
     def ready(self, timeout: float) -> None:
@@ -406,7 +263,7 @@ class GeneratorGroup:
             else:
                 self._supervisor.lost(replica.name, str(lost))
             self._supervisor.end(replica.actor)
-            self._replicas[replica.number] = self._make(replica.number, sequences, again=True)
+            self._replicas[replica.number] = self._make(replica.number, sequences, why=str(lost))
             return self._replicas[replica.number]
 
     def _fewer(self, replica: _Replica, lost: ActorLostError) -> int:
@@ -431,7 +288,7 @@ class GeneratorGroup:
         try:
             dtype, report = self._get(replica, replica.starting)
         except EngineError as error:
-            if not replica.is_again:
+            if replica.why is None:
                 raise
             raise ActorLostError(str(error)) from error
         with self._lock:
@@ -443,9 +300,9 @@ class GeneratorGroup:
             if report is not None and replica.held is not None:
                 self._require(report, *replica.held, self._start)
             replica.report, replica.ready = report, True
-            if replica.is_again:
+            if replica.why is not None:
                 holds = "" if replica.held is None else f" and holds policy {replica.held[0].version}, proved"
-                self._supervisor.tell(f"{replica.name} is back after {time.monotonic() - replica.made:.1f} s{holds}")
+                self._supervisor.back(replica.name, replica.why, time.monotonic() - replica.made, holds)
 
     def close(self) -> None:
         """Ends the actors; safe after a failed start. One that is busy is given a few seconds."""
@@ -467,18 +324,12 @@ class GeneratorGroup:
             if isinstance(error.cause, OnlinePOError):
                 raise error.cause from None
             # After an error that nobody meant, an engine is in no known state.
-            raise ActorLostError(f"its engine failed: {_one_line(error.cause)}") from error
+            raise ActorLostError(f"its engine failed: {one_line(error.cause)}") from error
         except RayError as error:
-            cause = self._supervisor.why(replica.actor, _one_line(error))
+            cause = self._supervisor.why(replica.actor, one_line(error))
             raise ActorLostError(cause, memory=isinstance(error, OutOfMemoryError)) from error
 
 
 def _with_generator(config: Config, **settings: Any) -> Config:
     """A config with other settings of its generator."""
     return config.model_copy(update={"generator": config.generator.model_copy(update=settings)})
-
-
-def _one_line(error: BaseException | None) -> str:
-    """Type and last line of an error: what a person can act on."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__

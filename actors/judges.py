@@ -78,6 +78,8 @@ class JudgeGroup:
             prepare(self._cache, nodes=sum(node["Alive"] for node in ray.nodes()))
         self._lock = threading.Lock()
         self._closed = False
+        self._starting: _Process | None = None
+        """What starts in a dead one's place."""
         # Answers come in a thread of Ray's, which must not wait for a process to start.
         self._restarting = ThreadPoolExecutor(1, thread_name_prefix="judge-restarts")
         self._processes = [self._make(number) for number in range(count)]
@@ -135,10 +137,14 @@ class JudgeGroup:
             self._drain(lambda: asked.answer.set_exception(error.cause))
         elif isinstance(error, RayTaskError):
             asked.answer.set_exception(_meant(error))
-        elif isinstance(error, RayError) and not self._closed:
-            self._restarting.submit(self._ask_again, process, asked, error)
+        elif not isinstance(error, RayError):
+            asked.answer.set_exception(error)
         else:
-            asked.answer.set_exception(EngineError(f"judge process {process.number} ended: {_short(error)}"))
+            with self._lock:
+                if not self._closed:
+                    self._restarting.submit(self._ask_again, process, asked, error)
+                    return
+            asked.answer.set_exception(EngineError(f"judge process {process.number} was closed"))
 
     def _ask_again(self, process: _Process, asked: _Asked, error: RayError) -> None:
         """Asks the process that has taken the place of a dead one, or any other that has less to do."""
@@ -152,12 +158,17 @@ class JudgeGroup:
         """Puts a new process, which is ready, in a dead one's place, unless that was done already. Raises EngineError
         where it dies too often. In one thread at a time."""
         name = f"judge process {process.number}"
+        began = time.monotonic()
         while self._processes[process.number] is process:
             cause = self._supervisor.why(process.actor, _short(error))
             self._supervisor.lost(name, cause)
-            began = time.monotonic()
             self._supervisor.end(process.actor)
             new = self._make(process.number)
+            with self._lock:  # never around calls of Ray: its thread may wait for the lock
+                closed, self._starting = self._closed, new
+            if closed:
+                self._supervisor.end(new.actor)
+                raise EngineError("the run is ending")
             try:
                 ray.get(new.actor.ready.remote())  # for as long as the watch lets it
             except RayTaskError as failed:
@@ -166,11 +177,8 @@ class JudgeGroup:
                 process.actor, error = new.actor, died
                 continue
             with self._lock:
-                if self._closed:
-                    self._supervisor.end(new.actor)
-                    raise EngineError("the run is ending")
-                self._processes[process.number] = new
-            self._supervisor.tell(f"{name} is back after {time.monotonic() - began:.1f} s")
+                self._processes[process.number], self._starting = new, None
+            self._supervisor.back(name, cause, time.monotonic() - began)
 
     def shown(self, group: Group) -> str | None:
         """See `judges.runtime.shown`."""
@@ -201,12 +209,15 @@ class JudgeGroup:
         """Ends the processes, busy or not."""
         with self._lock:
             self._closed = True
+            starting = self._starting
+        if starting is not None:
+            self._supervisor.end(starting.actor)
+        self._restarting.shutdown()
         actors = [process.actor for process in self._processes]
         if self._cache is not None:  # once nobody has it open, one plain file is left
             ray.wait([actor.stop.remote() for actor in actors], num_returns=len(actors), timeout=2)
         for actor in actors:
             self._supervisor.end(actor)
-        self._restarting.shutdown()
         if self._cache is not None:
             release(self._cache)
 

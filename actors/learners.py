@@ -162,9 +162,9 @@ class LearnerGroup:
 
     def restart(self, lost: LearnerLostError) -> None:
         """See `online_po.protocols.Learner.restart`."""
+        began = time.monotonic()
         while True:
             self._supervisor.lost("the learner", str(lost))
-            began = time.monotonic()
             self.close()
             self._start()
             try:
@@ -172,7 +172,7 @@ class LearnerGroup:
             except LearnerLostError as again:
                 lost = again
                 continue
-            self._supervisor.tell(f"the learner is back after {time.monotonic() - began:.1f} s")
+            self._supervisor.back("the learner", str(lost), time.monotonic() - began)
             return
 
     def logps(self, examples: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:

@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 
 from online_po.config import Config
 from online_po.errors import EngineError
+from online_po.observers import Silent
 from online_po.protocols import Observer
 from online_po.sections import LimitsConfig
 
@@ -87,10 +88,6 @@ class ActorLostError(Exception):
     def __init__(self, cause: str, *, memory: bool = False) -> None:
         super().__init__(cause)
         self.memory = memory
-
-
-class EngineMemoryError(EngineError):
-    """An engine ran out of memory, or of KV cache, while it sampled."""
 
 
 @dataclass
@@ -216,7 +213,7 @@ class Supervisor:
     """What the groups of actors share: the watch, how often whom may be started again, and telling of it."""
 
     def __init__(self, config: Config, observer: Observer | None = None, clock: Callable[[], float] = time.monotonic):
-        self._ray, self._observer, self._clock = config.ray, observer, clock
+        self._ray, self._observer, self._clock = config.ray, observer or Silent(), clock
         self.watch = Watch(
             limits_by_call(config.limits, config.ray.startup_timeout_s),
             ("limits.pulse_s", config.limits.pulse_s),
@@ -241,9 +238,13 @@ class Supervisor:
             times.append(now)
         self.tell(f"{who} died ({cause}); it is started again")
 
+    def back(self, who: str, why: str, seconds: float, what: str = "") -> None:
+        """Tells of an actor that was started again: why, how long that took, and what it holds."""
+        self.tell(f"{who} is back after {seconds:.1f} s{what}")
+        self._observer.restart(who, why, seconds)
+
     def tell(self, text: str) -> None:
-        if self._observer is not None:
-            self._observer.message(text)
+        self._observer.message(text)
 
     def why(self, actor: Any, otherwise: str) -> str:
         """Why an actor died, as far as is known."""

@@ -142,6 +142,10 @@ class Observer(Protocol):
         """One evaluated policy version (`online_po.evaluation.EvalSummary`); `guards` there are what guards saw."""
         ...
 
+    def restart(self, who: str, why: str, seconds: float) -> None:
+        """An actor died, and another one does its work now; `seconds`: from its death, as far as is known."""
+        ...
+
     def message(self, text: str) -> None:
         """Something a person may want to know."""
         ...

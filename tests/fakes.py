@@ -224,6 +224,7 @@ class FakeObserver:
     def __init__(self) -> None:
         self.phases: list[tuple[str, int]] = []
         self.messages: list[str] = []
+        self.restarts: list[tuple[str, str]] = []
 
     @contextmanager
     def phase(self, name: str, round_: int) -> Iterator[None]:
@@ -238,6 +239,9 @@ class FakeObserver:
     def round(self, summary: dict[str, object]) -> None: ...
 
     def evaluation(self, summary: dict[str, object]) -> None: ...
+
+    def restart(self, who: str, why: str, seconds: float) -> None:
+        self.restarts.append((who, why))
 
     def message(self, text: str) -> None:
         self.messages.append(text)
