@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from actors import cluster
 from actors.engines import check_engine, environment
 from actors.replica import EngineMemoryError, GeneratorReplica, one_line
-from actors.supervision import PULSE_GROUP, ActorLostError, Supervisor
+from actors.supervision import PULSE_GROUP, ActorLostError, Supervisor, out_of_memory
 from online_po.config import Config
 from online_po.errors import EngineError, OnlinePOError, SyncError
 from online_po.sections import SamplingConfig
@@ -327,7 +327,7 @@ class GeneratorGroup:
             raise ActorLostError(f"its engine failed: {one_line(error.cause)}") from error
         except RayError as error:
             cause = self._supervisor.why(replica.actor, one_line(error))
-            raise ActorLostError(cause, memory=isinstance(error, OutOfMemoryError)) from error
+            raise ActorLostError(cause, memory=out_of_memory(error)) from error
 
 
 def _with_generator(config: Config, **settings: Any) -> Config:
