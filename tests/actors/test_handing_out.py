@@ -146,7 +146,7 @@ def make(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_nothing_is_lost_or_twice_whoever_dies_when(make):
     restarts = 0
-    for seed in range(150):
+    for seed in range(60):
         group, fake, observer = make(seed, deadly=0.06, hungry=0.02)
         for version in (0, 1, 2):
             reports = group.sync(POLICIES[version], PROBES[version])
@@ -168,7 +168,7 @@ def test_nothing_is_lost_or_twice_whoever_dies_when(make):
         restarts += len(observer.restarts)
         assert len(fake.actors) >= 3 + len(observer.restarts)
         assert all(actor.dead for actor in fake.actors if actor not in [r.actor for r in group._replicas])
-    assert restarts > 500
+    assert restarts > 200
 
 
 def test_an_engine_is_halved_until_it_has_memory_enough(make):
