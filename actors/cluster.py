@@ -83,7 +83,8 @@ _shared_gpus: dict[int, PlacementGroup] = {}
 
 
 def _bundles(count: int) -> PlacementGroup:
-    """One reservation of `count` GPUs, the same for all who share; it ends with the connection to Ray."""
+    """One reservation of `count` GPUs, the same for all who share; it ends with the connection to Ray. Where a machine
+    goes, Ray moves its part of the reservation to another one that has room, and actors wait for that."""
     if count not in _shared_gpus:
         _shared_gpus[count] = placement_group([{"GPU": 1}] * count, strategy="PACK")
     return _shared_gpus[count]

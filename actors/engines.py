@@ -30,7 +30,8 @@ class Engine(Protocol):
     """Type it computes in: float32, bfloat16 or float16."""
 
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[dict[int, Group]]:
-        """Yields {place among `requests`: group} as groups finish, each once; their samples in order of the seeds."""
+        """Yields {place among `requests`: group} as groups finish, each once; their samples in order of the seeds.
+        After a step that finishes none it yields {}: a sign of life."""
         ...
 
     def load(self, policy: Policy) -> None: ...

@@ -1,17 +1,21 @@
-"""Generator replicas: one Ray actor per engine, chunks of work for whoever is free, and weights with proof."""
+"""Generator replicas: chunks of work for whoever is free, weights with proof, a new actor in place of one that died."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from actors import cluster
-from actors.engines import Engine, check_engine, environment, make_engine
+from actors.engines import check_engine, environment
+from actors.replica import EngineMemoryError, GeneratorReplica, one_line
+from actors.supervision import PULSE_GROUP, ActorLostError, Supervisor, out_of_memory
 from online_po.config import Config
 from online_po.errors import EngineError, OnlinePOError, SyncError
 from online_po.sections import SamplingConfig
@@ -20,193 +24,173 @@ from online_po.types import Group, Policy, Probe, Request, SyncReport
 IN_FLIGHT = 2
 """Chunks given to a replica: one running, one waiting, so that an engine never waits for the driver."""
 CLOSE_TIMEOUT_S = 5.0
-SAME_WEIGHTS = 1e-3
-"""How far, in nats, a replica may be from what it said of the probe before other weights were in its place."""
 SHARE = {1: 0.85, 2: 0.4, 3: 0.3}
 """`generator.gpu_memory_utilization: null`, by how many actors hold the engine's GPU."""
 
 
-class GeneratorReplica:
-    """The actor: one engine. Built empty, so that a failing start is an answer and not a dead actor."""
+@dataclass(eq=False, kw_only=True)
+class _Replica:
+    """One actor; another one may come in its place."""
 
-    def __init__(self, replica: int, config: Config) -> None:
-        self._replica, self._config = replica, config
-        self._engine: Engine
-        self._held: tuple[Policy, Probe] | None = None
-        """What it samples with; None before the first sync."""
-        self._lost: SyncError | None = None
+    number: int
+    actor: Any
+    sequences: int
+    """Its generator.max_num_seqs."""
+    held: tuple[Policy, Probe] | None
+    """What it loads as it starts, after the starting model."""
+    starting: Any
+    why: str | None
+    """Why the actor before it died; None for the first one."""
+    made: float = field(default_factory=time.monotonic)
+    ready: bool = False
+    report: SyncReport | None = None
+    """On `held`, once it is ready."""
 
-    def start(self) -> str:
-        """Loads the starting model. Returns the engine's dtype. Raises EngineError or ConfigError."""
-        config = self._config
-        check_engine(config)
-        try:
-            self._engine = make_engine(config)
-        except EngineError as error:
-            raise EngineError(f"{error}{cluster.log_of_this_process()}") from error
-        except OnlinePOError:
-            raise
-        except Exception as error:  # whatever a model library raises, the user needs one line and the replica
-            raise EngineError(
-                f"generator replica {self._replica} could not start: {_one_line(error)}{cluster.log_of_this_process()}"
-            ) from error
-        return self._engine.dtype
+    @property
+    def name(self) -> str:
+        return f"generator replica {self.number}"
 
-    @ray.method(num_returns="streaming")
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[dict[int, Group]]:
-        if self._lost is not None:
-            raise self._lost
-        yield from self._engine.generate(requests, sampling)
 
-    def sync(self, policy: Policy, probe: Probe) -> SyncReport:
-        """Loads the weights and tells what is held; the verdict is the driver's. Raises SyncError if nothing loads."""
-        report, self._said = self._load(policy, probe)
-        self._held, self._lost = (policy, probe), None
-        return report
+@dataclass(eq=False, kw_only=True)
+class _Chunk:
+    """What an engine is asked for at once."""
 
-    def answer(
-        self, requests: Sequence[Request], sampling: SamplingConfig, policy: Policy, probe: Probe
-    ) -> tuple[list[Group], SyncReport | None]:
-        """One group a request, by that policy's weights. Where it holds others, these are loaded for it, with a report,
-        and the others put back. Raises SyncError, then and for all that it is asked later, if they do not come back."""
-        if self._lost is not None:
-            raise self._lost
-        if policy.version == self._engine.version:
-            return self._answer(requests, sampling), None
-        try:
-            report, _ = self._load(policy, probe)
-            return self._answer(requests, sampling), report
-        finally:
-            self._put_back(policy.version)
-
-    def _put_back(self, answered: int) -> None:
-        """Loads what it samples with; nothing more is sampled or answered if that fails."""
-        if self._held is None:
-            return
-        what = (
-            f"generator replica {self._replica} answered as policy {answered}, but is not policy "
-            f"{self._held[0].version} again"
-        )
-        self._lost = SyncError(what)
-        _, said = self._load(*self._held)
-        gaps = [abs(now - then) for now, then in zip(said, self._said, strict=True)]
-        off = sum(gaps) / len(gaps)
-        if not off <= SAME_WEIGHTS:  # written so that a NaN fails
-            self._lost = SyncError(
-                f"{what}: log-probabilities of the probe are off by {off:.4g} nats on average. Set judge.policy: "
-                "current, and report this with the versions in run.json"
-            )
-            raise self._lost
-        self._lost = None
-
-    def _answer(self, requests: Sequence[Request], sampling: SamplingConfig) -> list[Group]:
-        groups: dict[int, Group] = {}
-        for found in self._engine.generate(requests, sampling):
-            groups |= found
-        return [groups[place] for place in range(len(requests))]
-
-    def _load(self, policy: Policy, probe: Probe) -> tuple[SyncReport, list[float]]:
-        """The report, and the logps of the probe. Raises SyncError."""
-        started = time.perf_counter()
-        before = None if policy.version == self._engine.version else self._engine.token_logps(probe.token_ids)
-        try:
-            self._engine.load(policy)
-        except Exception as error:  # whatever a model library raises, the user needs the replica and the folder
-            raise SyncError(
-                f"generator replica {self._replica} could not load policy {policy.version} from "
-                f"{str(policy.path)!r}: {_one_line(error)}"
-            ) from error
-        held = self._engine.token_logps(probe.token_ids)
-        gaps = [abs(mine - theirs) for mine, theirs in zip(held, probe.token_logps, strict=True)]
-        report = SyncReport(
-            replica=self._replica,
-            policy_version=self._engine.version,
-            mean_logp_error=sum(gaps) / len(gaps),
-            unmoved=held == before,
-            seconds=time.perf_counter() - started,
-        )
-        return report, held
-
-    def close(self) -> None:
-        """Ends the engine and whatever processes it has; nothing where it never started."""
-        if hasattr(self, "_engine"):
-            self._engine.close()
+    index: int
+    requests: Sequence[Request]
+    made: set[int] = field(default_factory=set)
+    """Places of which the groups were given on."""
 
 
 class GeneratorGroup:
     """Implements `online_po.protocols.Generator` over `generator.replicas` actors.
 
+    A replica that dies, hangs, or whose engine fails is replaced by a new actor, which loads what the replicas hold and
+    proves it before anything of it counts; what it had in hand is handed out again, whole chunks, so that the same
+    batches give the same responses. One that runs out of memory comes back with half of `generator.max_num_seqs`.
+    All of it may happen in any thread.
+
     Construction returns at once; `ready` waits for the engines. Raises ConfigError if the engine is not installed.
+    `supervisor`: the run's; None: one of its own.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, supervisor: Supervisor | None = None) -> None:
         check_engine(config)
-        self._config = config
-        place = cluster.placement(config)
-        memory = (
-            config.generator.gpu_memory_utilization
-            or SHARE[len(place.together) if "generator" in place.together else 1]
-        )
-        settings = config.generator.model_copy(update={"gpu_memory_utilization": memory})
-        config = config.model_copy(update={"generator": settings})
-        variables = environment(config, cluster.cores()) | ({} if place.generator else {"CUDA_VISIBLE_DEVICES": ""})
+        self._supervisor = supervisor or Supervisor(config)
+        self._place = cluster.placement(config)
+        together = self._place.together
+        memory = config.generator.gpu_memory_utilization or SHARE[len(together) if "generator" in together else 1]
+        self._config = _with_generator(config, gpu_memory_utilization=memory)
+        variables = environment(config, cluster.cores())
+        variables |= {} if self._place.generator else {"CUDA_VISIBLE_DEVICES": ""}
         # Engines share the cores by `generator.threads`; Ray's own count would keep actors waiting.
-        actor = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(GeneratorReplica)
-        self._actors = [
-            actor.options(**place.options("generator", replica)).remote(replica, config)
-            for replica in range(config.generator.replicas)
-        ]
-        self._started = [a.start.remote() for a in self._actors]
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "runtime_env": {"env_vars": variables}}
+        self._actor = ray.remote(**options, concurrency_groups=PULSE_GROUP)(GeneratorReplica)
         self._tolerance = config.generator.sync_tolerance
+        self._lock = threading.RLock()
+        self._held: tuple[Policy, Probe] | None = None
+        """What the replicas hold, or are about to."""
         self._proved: Probe | None = None
+        """What replicas were proved on last."""
+        self._start: Probe | None = None
+        """The same of the starting model, if it was ever held."""
+        self._closed = False
+        self._replicas = [
+            self._make(number, config.generator.max_num_seqs) for number in range(config.generator.replicas)
+        ]
+
+    def _make(self, number: int, sequences: int, why: str | None = None) -> _Replica:
+        """A new actor, which starts."""
+        config = _with_generator(self._config, max_num_seqs=sequences)
+        actor = self._actor.options(**self._place.options("generator", number)).remote(number, config)
+        self._supervisor.watch.add(f"generator replica {number}", actor)
+        return _Replica(
+            number=number,
+            actor=actor,
+            sequences=sequences,
+            held=self._held,
+            starting=actor.start.remote(self._held),
+            why=why,
+        )
 
     def ready(self, timeout: float) -> None:
         """Waits until every engine holds the starting model. Raises EngineError on failure or after `timeout` s."""
         deadline = time.monotonic() + timeout
-        for replica, ref in enumerate(self._started):
-            dtype = self._get(replica, ref, max(0.0, deadline - time.monotonic()))
-            if self._config.generator.sync_tolerance is None:
-                exact = dtype == "float32" and self._config.learner.compute_dtype == "float32"
-                self._tolerance = 1e-3 if exact else 0.15
+        for number in range(len(self._replicas)):
+            while True:
+                replica = self._replicas[number]
+                done, _ = ray.wait([replica.starting], timeout=max(0.0, deadline - time.monotonic()))
+                if not done:
+                    raise EngineError(
+                        f"generator replica {number} was not ready in time; raise ray.startup_timeout_s "
+                        f"({self._config.ray.startup_timeout_s:g}), or see that the cluster has the CPUs and GPUs "
+                        "asked for"
+                    )
+                try:
+                    self._prove(replica)
+                    break
+                except ActorLostError as lost:
+                    self._replace(replica, lost)
 
     def generate(
         self, chunks: Iterable[tuple[int, Sequence[Request]]], sampling: SamplingConfig
     ) -> Iterator[tuple[int, dict[int, Group]]]:
-        """See `online_po.protocols.Generator`. Raises EngineError if a replica fails."""
+        """See `online_po.protocols.Generator`. Raises EngineError if a replica fails too often."""
         # A config subclass would travel with all its fields; only how to sample matters.
         settings = SamplingConfig(**{name: getattr(sampling, name) for name in SamplingConfig.model_fields})
-        source = iter(chunks)
+        source = (_Chunk(index=index, requests=requests) for index, requests in chunks)
+        again: deque[_Chunk] = deque()
         # Shallowest queues first, so that two chunks go to two replicas.
-        free = deque(list(range(len(self._actors))) * IN_FLIGHT)
-        running: dict[Any, tuple[int, int]] = {}  # stream of answers -> (replica, chunk index)
+        free = deque(list(range(len(self._replicas))) * IN_FLIGHT)
+        running: dict[Any, tuple[_Replica, _Chunk]] = {}  # by the stream of answers
 
         def hand_out() -> None:
-            while free and (chunk := next(source, None)) is not None:
-                index, requests = chunk
-                replica = free.popleft()
-                running[self._actors[replica].generate.remote(requests, settings)] = replica, index
+            while free and (chunk := again.popleft() if again else next(source, None)) is not None:
+                replica = self._replicas[free.popleft()]
+                running[replica.actor.generate.remote(chunk.requests, settings)] = replica, chunk
 
         hand_out()
         while running:
             (stream,), _ = ray.wait(list(running), num_returns=1)
-            replica, index = running[stream]
-            ref = next(stream, None)
-            if ref is not None:
-                yield index, self._get(replica, ref, None)
+            replica, chunk = running[stream]
+            found: dict[int, Group] | None
+            try:
+                self._prove(replica)  # at once, for one that was ready before: it has answered
+                ref = next(stream, None)
+                found = self._get(replica, ref) if ref is not None else None
+            except ActorLostError as lost:
+                self._replace(replica, lost)
+                gone = [stream for stream, (owner, _) in running.items() if owner is replica]
+                again.extendleft(running.pop(stream)[1] for stream in reversed(gone))
+                free.extend([replica.number] * len(gone))
+                hand_out()
                 continue
-            del running[stream]
-            free.append(replica)
-            hand_out()
+            if found is None:
+                del running[stream]
+                free.append(replica.number)
+                hand_out()
+            elif new := {place: group for place, group in found.items() if place not in chunk.made}:
+                chunk.made |= new.keys()
+                yield chunk.index, new
         # A caller that stops listening leaves what was handed out to finish unheard. Cancelling it is no
         # gain: Ray 2.60 then waits 30 s for the missing call and fails the ones behind it.
 
     def sync(self, policy: Policy, probe: Probe) -> list[SyncReport]:
         """See `online_po.protocols.Generator`. Replicas load side by side."""
-        refs = [a.sync.remote(policy, probe) for a in self._actors]
-        reports: list[SyncReport] = [self._get(replica, ref, None) for replica, ref in enumerate(refs)]
-        for report in reports:
-            self._require(report, policy, probe)
+        with self._lock:
+            self._held = policy, probe
+            asked = [(replica, replica.actor.sync.remote(policy, probe)) for replica in self._replicas]
+        reports: list[SyncReport] = []
+        for replica, ref in asked:
+            try:
+                self._prove(replica)
+                report = self._get(replica, ref)
+                self._require(report, policy, probe, self._proved)
+            except ActorLostError as lost:
+                report = self._replace_until_proved(replica, lost).report  # on these weights: it began with them
+            reports.append(report)
         self._proved = probe
+        if policy.version == 0:
+            self._start = probe
         return reports
 
     def answer(
@@ -214,19 +198,30 @@ class GeneratorGroup:
     ) -> list[Group]:
         """One group a request, in order, by a policy's weights, whichever the replicas hold, and hold again afterwards.
         From any thread, also while `generate` is under way: it comes between chunks. Raises EngineError, SyncError."""
-        share = -(-len(requests) // len(self._actors))
+        share = -(-len(requests) // len(self._replicas))
         parts = [requests[start : start + share] for start in range(0, len(requests), share)]
-        refs = [a.answer.remote(part, sampling, policy, probe) for a, part in zip(self._actors, parts, strict=False)]
+        asked = [
+            (r, r.actor.answer.remote(part, sampling, policy, probe))
+            for r, part in zip(self._replicas, parts, strict=False)
+        ]
         groups: list[Group] = []
-        for replica, ref in enumerate(refs):
-            found, report = self._get(replica, ref, None)
+        for part, (replica, ref) in zip(parts, asked, strict=True):
+            while True:
+                try:
+                    self._prove(replica)
+                    found, report = self._get(replica, ref)
+                    break
+                except ActorLostError as lost:
+                    replica = self._replace(replica, lost)
+                    ref = replica.actor.answer.remote(part, sampling, policy, probe)
             if report is not None:
-                self._require(report, policy, probe)
+                self._require(report, policy, probe, self._proved)
             groups += found
         return groups
 
-    def _require(self, report: SyncReport, policy: Policy, probe: Probe) -> None:
-        """Raises SyncError unless a replica holds the policy's weights."""
+    def _require(self, report: SyncReport, policy: Policy, probe: Probe, before: Probe | None) -> None:
+        """Raises SyncError unless a replica holds the policy's weights; `before`: what the learner said of those it
+        held before."""
         assert self._tolerance is not None, "ready() comes first"
         # Written so that a NaN fails.
         if report.policy_version != policy.version or not report.mean_logp_error <= self._tolerance:
@@ -238,42 +233,103 @@ class GeneratorGroup:
                 "generator.sync_tolerance"
             )
         # Where types differ, the rounding hides small updates: old weights could pass for the new ones.
-        if report.unmoved and (self._proved is None or self._proved.token_logps != probe.token_logps):
+        if report.unmoved and (before is None or before.token_logps != probe.token_logps):
             raise SyncError(
                 f"generator replica {report.replica} should hold policy {policy.version}, but says of the probe, "
                 "bit for bit, what it said before the sync: the weights did not arrive. Report this with the "
                 "versions in run.json; generator.engine: transformers takes weights in another way"
             )
 
+    def _replace_until_proved(self, replica: _Replica, lost: ActorLostError) -> _Replica:
+        while True:
+            replica = self._replace(replica, lost)
+            try:
+                self._prove(replica)
+                return replica
+            except ActorLostError as again:
+                lost = again
+
+    def _replace(self, replica: _Replica, lost: ActorLostError) -> _Replica:
+        """The actor that has taken a replica's place; started here, unless another thread did. Raises EngineError where
+        that happened too often, or nothing more can be done about memory."""
+        with self._lock:
+            if self._closed:
+                raise EngineError("the run is ending")
+            if self._replicas[replica.number] is not replica:
+                return self._replicas[replica.number]
+            sequences = replica.sequences
+            if lost.memory:
+                sequences = self._fewer(replica, lost)
+            else:
+                self._supervisor.lost(replica.name, str(lost))
+            self._supervisor.end(replica.actor)
+            self._replicas[replica.number] = self._make(replica.number, sequences, why=str(lost))
+            return self._replicas[replica.number]
+
+    def _fewer(self, replica: _Replica, lost: ActorLostError) -> int:
+        """Half of the sequences that a replica decoded at the same time. Raises EngineError where that is one."""
+        if replica.sequences == 1:
+            raise EngineError(
+                f"{replica.name} runs out of memory with a single sequence: {lost}. Lower generator.max_tokens or "
+                "generator.max_model_len, or give it more memory; what was finished is kept, resume to go on"
+            )
+        fewer = replica.sequences // 2
+        self._supervisor.tell(
+            f"{replica.name} ran out of memory with {replica.sequences} sequences at the same time ({lost}); it is "
+            f"started again with {fewer}. Set generator.max_num_seqs: {fewer}"
+        )
+        return fewer
+
+    def _prove(self, replica: _Replica) -> None:
+        """Waits until a replica has started and, where it takes another's place, holds what that one held. Raises
+        ActorLostError if it does not start, SyncError if it holds anything else."""
+        if replica.ready:
+            return
+        try:
+            dtype, report = self._get(replica, replica.starting)
+        except EngineError as error:
+            if replica.why is None:
+                raise
+            raise ActorLostError(str(error)) from error
+        with self._lock:
+            if replica.ready:
+                return
+            if self._config.generator.sync_tolerance is None:
+                exact = dtype == "float32" and self._config.learner.compute_dtype == "float32"
+                self._tolerance = 1e-3 if exact else 0.15
+            if report is not None and replica.held is not None:
+                self._require(report, *replica.held, self._start)
+            replica.report, replica.ready = report, True
+            if replica.why is not None:
+                holds = "" if replica.held is None else f" and holds policy {replica.held[0].version}, proved"
+                self._supervisor.back(replica.name, replica.why, time.monotonic() - replica.made, holds)
+
     def close(self) -> None:
         """Ends the actors; safe after a failed start. One that is busy is given a few seconds."""
-        ray.wait([a.close.remote() for a in self._actors], num_returns=len(self._actors), timeout=CLOSE_TIMEOUT_S)
-        for a in self._actors:
-            ray.kill(a)
+        with self._lock:
+            self._closed = True
+        ray.wait(
+            [r.actor.close.remote() for r in self._replicas], num_returns=len(self._replicas), timeout=CLOSE_TIMEOUT_S
+        )
+        for replica in self._replicas:
+            self._supervisor.end(replica.actor)
 
-    def _get(self, replica: int, ref: Any, timeout: float | None) -> Any:
-        """An actor's answer, or its error as ours."""
+    def _get(self, replica: _Replica, ref: Any) -> Any:
+        """An actor's answer, or its error as ours. Raises ActorLostError where it can give none."""
         try:
-            return ray.get(ref, timeout=timeout)
-        except GetTimeoutError as error:
-            raise EngineError(
-                f"generator replica {replica} was not ready in time; raise ray.startup_timeout_s "
-                f"({self._config.ray.startup_timeout_s:g}), or see that the cluster has the CPUs and GPUs asked for"
-            ) from error
+            return ray.get(ref)
         except RayTaskError as error:
+            if isinstance(error.cause, EngineMemoryError):
+                raise ActorLostError(str(error.cause), memory=True) from None
             if isinstance(error.cause, OnlinePOError):
                 raise error.cause from None
-            raise EngineError(f"generator replica {replica} failed: {_one_line(error.cause)}") from error
-        except RayActorError as error:
-            raise EngineError(
-                f"generator replica {replica} died (out of memory, or killed from outside); what was finished is kept, "
-                f"resume to go on: {_one_line(error)}"
-            ) from error
+            # After an error that nobody meant, an engine is in no known state.
+            raise ActorLostError(f"its engine failed: {one_line(error.cause)}") from error
         except RayError as error:
-            raise EngineError(f"generator replica {replica} could not be reached: {_one_line(error)}") from error
+            cause = self._supervisor.why(replica.actor, one_line(error))
+            raise ActorLostError(cause, memory=out_of_memory(error)) from error
 
 
-def _one_line(error: BaseException | None) -> str:
-    """Type and last line of an error: what a person can act on."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__
+def _with_generator(config: Config, **settings: Any) -> Config:
+    """A config with other settings of its generator."""
+    return config.model_copy(update={"generator": config.generator.model_copy(update=settings)})

@@ -14,15 +14,15 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors import cluster
+from actors.supervision import PULSE_GROUP, Progress, Pulse, Supervisor, out_of_memory
 from online_po.batching import COLUMNS
 from online_po.config import Config
-from online_po.errors import NonFiniteError, OnlinePOError, first_line
+from online_po.errors import LearnerLostError, NonFiniteError, OnlinePOError, first_line
 from online_po.step_checkpoints import StepPlan
 from online_po.types import Policy
 
-COLLECTIVE_TIMEOUT = timedelta(hours=1)
-"""A rank may wait this long for another, which may be reading or writing weights."""
-
+COLLECTIVE_MARGIN_S = 600.0
+"""A rank that waits for another gives up so long after the watch should have ended that one."""
 BLAME_SECONDS = 5.0
 """How long to wait, after a rank's unexplained error, for the one that caused it."""
 
@@ -32,6 +32,11 @@ class _Rank:
 
     def __init__(self, config: Config, rank: int, threads: int) -> None:
         self.config, self.rank, self.threads = config, rank, threads
+        self.progress = Progress()
+
+    @ray.method(concurrency_group="pulse")
+    def pulse(self) -> Pulse:
+        return self.progress.pulse()
 
     def rendezvous(self) -> tuple[str, int]:
         """Rank 0 only: (address, port) of the store where the ranks meet."""
@@ -43,6 +48,10 @@ class _Rank:
 
     def start(self, meeting: tuple[str, int] | None) -> None:
         """Joins the other ranks, if there are any, and loads the model."""
+        with self.progress.at("start"):
+            self._start(meeting)
+
+    def _start(self, meeting: tuple[str, int] | None) -> None:
         import torch
         import torch.distributed as dist
 
@@ -58,7 +67,9 @@ class _Rank:
             ranks = self.config.learner.ranks
             store = self.store if self.rank == 0 else dist.TCPStore(address, port, ranks, wait_for_workers=False)
             backend = "nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)
+            limits = self.config.limits
+            timeout = timedelta(seconds=max(limits.step_s, limits.weights_s) + COLLECTIVE_MARGIN_S)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=ranks, timeout=timeout)
         self.learner = TorchLearner(
             self.config.model,
             self.config.learner,
@@ -69,66 +80,101 @@ class _Rank:
         )
 
     def call(self, method: str, *args: Any) -> Any:
-        return getattr(self.learner, method)(*args)
+        with self.progress.at(method):
+            return getattr(self.learner, method)(*args)
 
     def stream(self, method: str, *args: Any) -> Iterator[Any]:
         """Rank 0's answers, one by one."""
-        yield from getattr(self.learner, method)(*args)
+        with self.progress.at(method):
+            for answer in getattr(self.learner, method)(*args):
+                self.progress.tick()
+                yield answer
 
     def follow(self, method: str, *args: Any) -> None:
         """The same work on another rank; its answers are rank 0's, and are dropped."""
-        for _ in getattr(self.learner, method)(*args):
-            pass
+        with self.progress.at(method):
+            for _ in getattr(self.learner, method)(*args):
+                self.progress.tick()
 
 
 class LearnerGroup:
     """Implements `online_po.protocols.Learner` over Ray actors, one a rank. Ray must be running.
 
-    Ranks start to load when the group is made; `ready` waits for them. An error on any rank is raised here as
-    it was raised there; with several ranks the group is then closed, since the others may wait for it forever.
+    Ranks start to load when the group is made; `ready` waits for them. An error that a rank raised on purpose is raised
+    here as it was raised there. Where a rank dies or hangs, or fails otherwise, the group ends (others may wait for it
+    forever) with LearnerLostError, and `restart` makes a new one. `supervisor`: the run's; None: one of its own.
     """
 
-    def __init__(self, config: Config) -> None:
-        ranks = config.learner.ranks
-        place = cluster.placement(config)
-        threads = config.learner.threads or max(1, cluster.cores() // ranks)
+    def __init__(self, config: Config, supervisor: Supervisor | None = None) -> None:
+        self._config, self._supervisor = config, supervisor or Supervisor(config)
+        self._place = cluster.placement(config)
+        self._threads = config.learner.threads or max(1, cluster.cores() // config.learner.ranks)
         environment = {
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
+            "OMP_NUM_THREADS": str(self._threads),
+            "MKL_NUM_THREADS": str(self._threads),
             # Idle threads sleep instead of spinning: an engine may run on the same cores.
             "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic matrix products on GPUs need
         }
-        if place.learner == 0:
+        if self._place.learner == 0:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves the GPUs visible to an actor that asked for none
-        actor = ray.remote(num_cpus=0, runtime_env={"env_vars": environment})(_Rank)
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "runtime_env": {"env_vars": environment}}
+        self._actor = ray.remote(**options, concurrency_groups=PULSE_GROUP)(_Rank)
+        self._start()
+
+    def _start(self) -> None:
+        ranks = range(self._config.learner.ranks)
         self._ranks = [
-            actor.options(**place.options("learner", rank)).remote(config, rank, threads) for rank in range(ranks)
+            self._actor.options(**self._place.options("learner", rank)).remote(self._config, rank, self._threads)
+            for rank in ranks
         ]
-        meeting = self._ranks[0].rendezvous.remote() if ranks > 1 else None
+        for rank, actor in enumerate(self._ranks):
+            self._supervisor.watch.add(f"learner rank {rank}", actor)
+        meeting = self._ranks[0].rendezvous.remote() if len(self._ranks) > 1 else None
         self._starting = [rank.start.remote(meeting) for rank in self._ranks]
 
     def ready(self, timeout: float) -> None:
         """Waits until every rank holds the model. Raises ConfigError if it cannot be loaded, OnlinePOError if it
         takes longer than `timeout` seconds."""
-        waiting, deadline = self._starting, time.monotonic() + timeout
+        try:
+            self._ready(timeout)
+        except LearnerLostError as lost:
+            self.restart(lost)
+
+    def _ready(self, timeout: float) -> None:
+        waiting, deadline = self._by_rank(self._starting), time.monotonic() + timeout
         try:
             while waiting:
-                done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+                done, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
                 if not done:
                     raise GetTimeoutError
-                ray.get(done)
+                self._hear(done[0], waiting)
         except GetTimeoutError as error:
             self.close()
             raise OnlinePOError(
                 f"the learner was not ready within ray.startup_timeout_s ({timeout:.0f} s were left for it); raise "
                 "it, or see that the cluster has the GPUs that learner.ranks and ray.learner_gpus ask for"
             ) from error
-        except RayError as error:
+        except _RankError as error:
             failure = self._failure(error, waiting)
             self.close()
             raise failure from error
+
+    def restart(self, lost: LearnerLostError) -> None:
+        """See `online_po.protocols.Learner.restart`."""
+        began = time.monotonic()
+        while True:
+            self._supervisor.lost("the learner", str(lost))
+            self.close()
+            self._start()
+            try:
+                self._ready(self._config.ray.startup_timeout_s)
+            except LearnerLostError as again:
+                lost = again
+                continue
+            self._supervisor.back("the learner", str(lost), time.monotonic() - began)
+            return
 
     def logps(self, examples: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
         """See `online_po.protocols.Learner.logps`."""
@@ -167,82 +213,106 @@ class LearnerGroup:
     def close(self) -> None:
         """Ends the ranks' processes."""
         for rank in self._ranks:
-            ray.kill(rank)
+            self._supervisor.end(rank)
         self._ranks = []
 
     def _call(self, method: str, *args: Any) -> Any:
         """The same call on every rank; rank 0's answer."""
-        first, others = self._leader(), self._ranks[1:]
-        waiting = [first.call.remote(method, *args), *(rank.call.remote(method, *args) for rank in others)]
-        answer = waiting[0]
+        self._require_open()
+        refs = [rank.call.remote(method, *args) for rank in self._ranks]
+        waiting = self._by_rank(refs)
         try:
             while waiting:  # whoever fails first is heard first: the others may be waiting for it
-                done, waiting = ray.wait(waiting)
-                ray.get(done)
-            return ray.get(answer)
-        except RayError as error:
+                done, _ = ray.wait(list(waiting))
+                self._hear(done[0], waiting)
+            return ray.get(refs[0])
+        except _RankError as error:
             raise self._failure(error, waiting) from error
 
     def _stream(self, method: str, *args: Any) -> Iterator[Any]:
         """The same call on every rank; rank 0's answers as they come."""
-        first, others = self._leader(), self._ranks[1:]
+        self._require_open()
+        first, others = self._ranks[0], self._ranks[1:]
         answers = first.stream.options(num_returns="streaming").remote(method, *args)
-        waiting = [answers, *(rank.follow.remote(method, *args) for rank in others)]
+        waiting = self._by_rank([answers, *(rank.follow.remote(method, *args) for rank in others)])
         try:
             while waiting:
-                done, _ = ray.wait(waiting)
+                done, _ = ray.wait(list(waiting))
                 if done[0] is not answers:
-                    waiting.remove(done[0])
-                    ray.get(done[0])
+                    self._hear(done[0], waiting)
                     continue
                 try:
                     answer = next(answers)
                 except StopIteration:
-                    waiting.remove(answers)
+                    del waiting[answers]
                     continue
-                yield ray.get(answer)
-        except RayError as error:
-            raise self._failure(error, [ref for ref in waiting if ref is not answers]) from error
+                yield self._get(answer, 0)
+        except _RankError as error:
+            raise self._failure(error, waiting) from error
 
-    def _leader(self) -> Any:
+    def _require_open(self) -> None:
         if not self._ranks:
             raise OnlinePOError("the learner was closed, or one of its ranks failed; start the run again, it resumes")
-        return self._ranks[0]
 
-    def _failure(self, error: RayError, waiting: list[Any]) -> Exception:
-        """What to raise for a rank's error. With several ranks the group ends, since it is no longer in step, and
-        an error made on purpose, or a rank's death, goes before the broken connections it left with the others.
-        A loss that is not finite is seen by all ranks at once, from the same sums: they stay in step."""
-        failures = [_original(error)]
-        if len(self._ranks) > 1 and not isinstance(failures[0], NonFiniteError):
-            if not isinstance(failures[0], OnlinePOError) and waiting:
-                done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=BLAME_SECONDS)
-                for ref in done:
-                    try:
-                        ray.get(ref)
-                    except RayError as other:
-                        failures.append(_original(other))
+    def _by_rank(self, refs: list[Any]) -> dict[Any, int]:
+        return {ref: rank for rank, ref in enumerate(refs)}
+
+    def _hear(self, ref: Any, waiting: dict[Any, int]) -> None:
+        """Takes a rank's answer, which is there, out of those that are waited for. Raises _RankError."""
+        rank = waiting.pop(ref)
+        if isinstance(ref, ray.ObjectRefGenerator):
+            ref = next(ref, None)
+        if ref is not None:
+            self._get(ref, rank)
+
+    def _get(self, ref: Any, rank: int) -> Any:
+        try:
+            return ray.get(ref)
+        except RayError as error:
+            raise _RankError(self._blamed(error, rank)) from error
+
+    def _blamed(self, error: RayError, rank: int) -> tuple[int, Exception]:
+        """(how far from the cause it may be, what to raise) for a rank's error. Nearest is what it raised on purpose;
+        then its death; last what may be a connection that broke because another rank died."""
+        if not isinstance(error, RayTaskError):
+            cause = self._supervisor.why(self._ranks[rank], first_line(error))
+            return 1, LearnerLostError(f"rank {rank} is dead: {cause}")
+        if isinstance(error.cause, OnlinePOError):
+            return 0, error.cause
+        reason = f"{type(error.cause).__name__}: {first_line(error.cause)}"[:500]
+        if out_of_memory(error.cause):
+            return 0, OnlinePOError(
+                f"the learner failed: {reason}; lower learner.micro_batch_tokens, or set "
+                "learner.gradient_checkpointing or learner.lora"
+            )
+        return 2, LearnerLostError(f"rank {rank} failed: {reason}")
+
+    def _failure(self, error: _RankError, waiting: dict[Any, int]) -> Exception:
+        """What to raise where a rank failed. Unless it is alone and meant it, the group ends, since it is no longer in
+        step. A loss that is not finite is seen by all ranks at once, from the same sums: they stay in step."""
+        failures = [error.blamed]
+        if error.blamed[0] > 0 and waiting:
+            done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=BLAME_SECONDS)
+            for ref in done:
+                try:
+                    self._hear(ref, waiting)
+                except _RankError as other:
+                    failures.append(other.blamed)
+        _, failure = min(failures, key=lambda blamed: blamed[0])
+        alone = len(self._ranks) == 1 and not isinstance(failure, LearnerLostError)
+        if not alone and not isinstance(failure, NonFiniteError):
             self.close()
-        return next((failure for failure in failures if isinstance(failure, OnlinePOError)), failures[0])
+        return failure
+
+
+class _RankError(Exception):
+    """A rank's error, as `LearnerGroup._blamed` sees it."""
+
+    def __init__(self, blamed: tuple[int, Exception]) -> None:
+        super().__init__(str(blamed[1]))
+        self.blamed = blamed
 
 
 def _needed(examples: pa.Table) -> pa.Table:
     """All that ranks read of examples; nothing else is sent."""
     return examples.select([name for name in examples.column_names if name in COLUMNS])
-
-
-def _original(error: RayError) -> Exception:
-    """What a rank raised, if it raised on purpose; what happened to the rank, if it died."""
-    if isinstance(error, RayTaskError):
-        if isinstance(error.cause, OnlinePOError):
-            return error.cause
-        reason = f"{type(error.cause).__name__}: {first_line(error.cause)}"
-        remedy = "start the run again, it resumes"
-        if "out of memory" in reason.lower():
-            remedy = "lower learner.micro_batch_tokens, or set learner.gradient_checkpointing or learner.lora"
-        return OnlinePOError(f"the learner failed: {reason[:500]}; {remedy}")
-    return OnlinePOError(
-        f"a learner rank died: {first_line(error)} (out of memory? lower "
-        "learner.micro_batch_tokens, set learner.gradient_checkpointing or learner.lora); start the run again, it "
-        "resumes"
-    )

@@ -81,7 +81,7 @@ class TransformersEngine:
         return logps.gather(-1, ids[0, 1:, None])[:, 0].tolist()
 
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[dict[int, Group]]:
-        """All responses to one chunk: {place among `requests`: group} as groups finish."""
+        """All responses to one chunk: {place among `requests`: group} as groups finish; {} after other steps."""
         groups = [
             [
                 _Row(
@@ -100,11 +100,9 @@ class TransformersEngine:
             for ended in self._decode(rows[start : start + self._config.max_num_seqs], sampling):
                 places = sorted({row.place for row in ended})
                 whole = [p for p in places if all(row.finish_reason is not None for row in groups[p])]
-                if whole:
-                    yield {
-                        p: Group(prompt=requests[p].prompt, responses=tuple(map(self._response, groups[p])))
-                        for p in whole
-                    }
+                yield {
+                    p: Group(prompt=requests[p].prompt, responses=tuple(map(self._response, groups[p]))) for p in whole
+                }
 
     def _response(self, row: _Row) -> Response:
         assert row.finish_reason is not None
@@ -151,8 +149,7 @@ class TransformersEngine:
                 row.token_logps.append(logp)
                 row.finish_reason = self._finished(row, sampling)
             going = [i for i, row in enumerate(rows) if row.finish_reason is None]
-            if len(going) < len(rows):
-                yield [row for row in rows if row.finish_reason is not None]
+            yield [row for row in rows if row.finish_reason is not None]
             if not going:
                 return
             if seen is not None:

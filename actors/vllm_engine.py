@@ -89,7 +89,7 @@ class VllmEngine:
         return settings
 
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[dict[int, Group]]:
-        """All responses to one chunk: {place among `requests`: group} as groups finish."""
+        """All responses to one chunk: {place among `requests`: group} as groups finish; {} after other steps."""
         from vllm.inputs import tokens_input
 
         self._reset_cache()
@@ -112,8 +112,7 @@ class VllmEngine:
                     if len(made[place]) == len(requests[place].seeds):
                         responses = tuple(response for _, response in sorted(made[place].items()))
                         finished[place] = Group(prompt=requests[place].prompt, responses=responses)
-                if finished:
-                    yield finished
+                yield finished
         finally:  # a caller that leaves early, or an error: the next chunk runs alone
             engine.abort_request(list(unfinished))
 

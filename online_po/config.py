@@ -37,6 +37,7 @@ from online_po.sections import (
     EvalConfig,
     GeneratorConfig,
     LearnerConfig,
+    LimitsConfig,
     LoopConfig,
     ModelConfig,
     PromptsConfig,
@@ -95,6 +96,7 @@ class Config(Section):
     guards: GuardsConfig = GuardsConfig()  # type: ignore[call-arg]
     checkpoint: CheckpointConfig = CheckpointConfig()  # type: ignore[call-arg]
     ray: RayConfig = RayConfig()  # type: ignore[call-arg]
+    limits: LimitsConfig = LimitsConfig()  # type: ignore[call-arg]
 
     @model_validator(mode="before")
     @classmethod
@@ -304,6 +306,7 @@ class Config(Section):
             exclude={
                 "ray": True,
                 "checkpoint": True,
+                "limits": True,
                 # Guards that roll back are added below: others only tell, or end the run.
                 "guards": True,
                 "eval": {"early_stop"},

@@ -167,6 +167,9 @@ class ConsoleObserver:
         for finding in summary.get("guards", []):
             self._print(f"guard {finding['name']}: {finding['message']}", style="bold yellow")
 
+    def restart(self, who: str, why: str, seconds: float) -> None:
+        pass  # messages tell of it, also before it is over
+
     def message(self, text: str) -> None:
         self._print(text, style="dim")
 

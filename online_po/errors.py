@@ -42,11 +42,15 @@ class BudgetError(OnlinePOError):
 
 
 class SyncError(OnlinePOError):
-    """A generator does not hold the weights it should hold."""
+    """A generator, or a learner that was started again, does not hold the weights it should hold."""
 
 
 class EngineError(OnlinePOError):
     """An inference engine could not start, or died."""
+
+
+class LearnerLostError(EngineError):
+    """A rank of the learner died or hung, and the group with it; it can be started again."""
 
 
 class NonFiniteError(OnlinePOError):

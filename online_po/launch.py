@@ -104,6 +104,7 @@ def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: Phas
     from actors.judges import JudgeGroup
     from actors.learners import LearnerGroup
     from actors.self_judges import SelfJudges
+    from actors.supervision import Supervisor
 
     # Actors load the model from the folder it was found in; the ledger keeps what the user wrote.
     config = plan.config.model_copy(
@@ -121,16 +122,17 @@ def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: Phas
             for executor in (sampler, questions):
                 stack.callback(executor.shutdown)
             deadline = time.monotonic() + config.ray.startup_timeout_s
+            supervisor = Supervisor(config, observer)
             judges: Any = None
             if not self_judges(config.judge):
-                judges = JudgeGroup(config)
+                judges = JudgeGroup(config, supervisor)
                 stack.callback(judges.close)
                 if plan.known:  # a wrong key, or a judge that cannot judge, is found before engines start
                     judges.ready(config.ray.startup_timeout_s)
                     try_judge(judges, config.judge, plan.known, ledger, observer)
             groups: list[Any] = []
             for kind in (GeneratorGroup, LearnerGroup):
-                groups.append(kind(config))
+                groups.append(kind(config, supervisor))
                 stack.callback(groups[-1].close)
                 # vLLM measures what is free on its GPU while it starts: nobody else may take some meanwhile.
                 if cluster.placement(config).shared:

@@ -7,11 +7,12 @@ staleness 0 it waits for the round before it, with more it runs while that one t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, wait
-from typing import Any
+from typing import Any, TypeVar
 
 from online_po.config import Config
-from online_po.errors import ConfigError, LedgerError, NonFiniteError
+from online_po.errors import ConfigError, LearnerLostError, LedgerError, NonFiniteError, SyncError
 from online_po.evaluation import early_stop
 from online_po.fail_points import fail_point
 from online_po.guards import Finding
@@ -23,6 +24,8 @@ from online_po.retention import Retention, heldout_scores
 from online_po.roll_back import RollBack, act, go_back, load_round, unsettled
 from online_po.round import probe_of, sample_round, train_round
 from online_po.types import Reference
+
+T = TypeVar("T")
 
 PROBE_TOKENS = 128
 PROBE_CANDIDATES = 256
@@ -54,6 +57,8 @@ def run_rounds(parts: Parts) -> list[dict[str, Any]]:
                 _drop(parts, sampling)
                 # What the generators hold may be gone now; what they are asked for next is older, so it is synced.
                 last = go_back(parts, wanted)
+                _load(parts, last)
+                fail_point("roll_back.loaded")
                 retention.forget()
     finally:
         parts.stopping.set()
@@ -109,12 +114,36 @@ def _run_after(
 def _train(parts: Parts, round_: int) -> None:
     """Trains a sampled round; a step that is not finite makes the run go back, if the guard says so."""
     try:
-        train_round(parts, round_)
+        _with_learner(parts, round_ - 1, lambda: train_round(parts, round_))
     except NonFiniteError as error:
         if parts.config.guards.nonfinite.action != "roll_back":
             raise
         message = f"{str(error).removesuffix('.')}."
         raise RollBack(Finding(name="nonfinite", action="roll_back", policy=round_, message=message), round_) from error
+
+
+def _with_learner(parts: Parts, held: int, work: Callable[[], T]) -> T:
+    """Does work with a learner that holds the policy of round `held`. Where the learner is lost meanwhile, it is
+    started again, takes that round's state and proves it, and the work begins anew: from what the ledger has, as after
+    a resume."""
+    lost: LearnerLostError | None = None
+    while True:
+        try:
+            if lost is not None:
+                parts.learner.restart(lost)
+                load_round(parts, held)
+                if parts.ledger.commit_of(held) is not None and (gap := _gap(parts, held)) is not None:
+                    raise SyncError(
+                        f"the learner was started again and should hold policy {held}, but its log-probabilities of "
+                        f"the probe are off by up to {gap:.3g} nats; the weights did not arrive whole"
+                    )
+            return work()
+        except LearnerLostError as error:
+            lost = error
+
+
+def _load(parts: Parts, round_: int) -> None:
+    _with_learner(parts, round_, lambda: load_round(parts, round_))
 
 
 def _drop(parts: Parts, sampling: dict[int, Future[None]]) -> None:
@@ -143,11 +172,12 @@ def _restore(parts: Parts) -> int:
         token_ids = max((prompt.token_ids for prompt in first), key=len)[-PROBE_TOKENS:]
         if len(token_ids) < 2:
             raise ConfigError("prompts.path: no prompt has two tokens or more; weights cannot be proved on them")
-        ledger.commit(0, is_adapter=False, reference=Reference(round=0), probe=probe_of(parts.learner, token_ids))
+        probe = _with_learner(parts, 0, lambda: probe_of(parts.learner, token_ids))
+        ledger.commit(0, is_adapter=False, reference=Reference(round=0), probe=probe)
         return 0
-    _require_same_start(parts)
+    _with_learner(parts, 0, lambda: _require_same_start(parts))
     if last > 0:
-        load_round(parts, last)
+        _load(parts, last)
         fail_point("restore.loaded")
         parts.observer.message(f"resumed after round {last}")
     return last
@@ -155,14 +185,21 @@ def _restore(parts: Parts) -> int:
 
 def _require_same_start(parts: Parts) -> None:
     """Raises LedgerError unless the model that the learner was started with is the one the run was started from."""
-    probe = parts.ledger.committed(0).probe
-    now = parts.learner.token_logps(probe.token_ids)
-    error = max(abs(a - b) for a, b in zip(now, probe.token_logps, strict=True))
-    if not error <= (START_TOLERANCE if parts.config.learner.compute_dtype == "float32" else 16 * START_TOLERANCE):
+    if (gap := _gap(parts, 0)) is not None:
         raise LedgerError(
             f"model.path: the weights there are not those the run was started from (log-probabilities differ by up to "
-            f"{error:.3g} nats); restore them, or start a new run"
+            f"{gap:.3g} nats); restore them, or start a new run"
         )
+
+
+def _gap(parts: Parts, version: int) -> float | None:
+    """By how much, in nats, the learner is off from what it said of the probe when a policy was committed; None where
+    that may be another machine's rounding."""
+    probe = parts.ledger.committed(version).probe
+    now = parts.learner.token_logps(probe.token_ids)
+    gap = max(abs(a - b) for a, b in zip(now, probe.token_logps, strict=True))
+    tolerance = START_TOLERANCE if parts.config.learner.compute_dtype == "float32" else 16 * START_TOLERANCE
+    return None if gap <= tolerance else gap  # a NaN is a gap
 
 
 def is_finished(config: Config, ledger: Ledger, evaluates: bool) -> bool:

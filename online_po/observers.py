@@ -43,6 +43,10 @@ class CompositeObserver:
         for observer in self.observers:
             observer.evaluation(summary)
 
+    def restart(self, who: str, why: str, seconds: float) -> None:
+        for observer in self.observers:
+            observer.restart(who, why, seconds)
+
     def message(self, text: str) -> None:
         for observer in self.observers:
             observer.message(text)
@@ -71,6 +75,9 @@ class Silent:
     def evaluation(self, summary: dict[str, Any]) -> None:
         pass
 
+    def restart(self, who: str, why: str, seconds: float) -> None:
+        pass
+
     def message(self, text: str) -> None:
         pass
 
@@ -81,8 +88,9 @@ class Silent:
 class PhaseTimer(Silent):
     """Where the time goes. Phases may begin and end in any thread, and overlap.
 
-    Every finished phase becomes one line of `path`: {"phase", "round", "start" (Unix seconds), "seconds"};
-    a resumed run appends. `clock` and `now` are there for tests.
+    Every finished phase becomes one line of `path`: {"phase", "round", "start" (Unix seconds), "seconds"}; an actor's
+    restart one of {"restart": who, "why", "start", "seconds"}; a resumed run appends. `clock` and `now` are there for
+    tests.
     """
 
     def __init__(
@@ -122,10 +130,7 @@ class PhaseTimer(Silent):
                 if not self._open and self._window is not None:
                     self._idle_since = end
                 line = {"phase": name, "round": round_, "start": round(start, 3), "seconds": round(end - begin, 4)}
-                # A full disk is for the ledger to tell; telemetry must not hide what it says.
-                with suppress(OSError):
-                    self._file.write(json.dumps(line) + "\n")
-                    self._file.flush()
+                self._write(line)
 
     def round_seconds(self, round_: int) -> dict[str, Any]:
         """The time of a round that is being committed.
@@ -147,6 +152,17 @@ class PhaseTimer(Silent):
             wall = now - self._window if self._window is not None else 0.0
             idle, self._idle, self._window = self._idle, 0.0, now
             return {"phase_seconds": dict(phases), "wall_seconds": wall, "idle_seconds": idle}
+
+    def restart(self, who: str, why: str, seconds: float) -> None:
+        with self._lock:
+            start = round(self._now() - seconds, 3)
+            self._write({"restart": who, "why": why, "start": start, "seconds": round(seconds, 4)})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        # A full disk is for the ledger to tell; telemetry must not hide what it says.
+        with suppress(OSError):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         with suppress(OSError):

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from online_po.errors import LearnerLostError
 from online_po.types import Group, Judgement, Policy, Probe, Request, SyncReport
 
 if TYPE_CHECKING:
@@ -114,6 +115,11 @@ class Learner(Protocol):
         the learner was made."""
         ...
 
+    def restart(self, lost: LearnerLostError) -> None:
+        """Starts its processes again after a call raised this; the learner is then as it was when it was made. Raises
+        EngineError where that happens too often."""
+        ...
+
 
 class Observer(Protocol):
     """Telemetry: told what happens, asked for nothing. The loop gives the same result without it.
@@ -139,6 +145,10 @@ class Observer(Protocol):
 
     def evaluation(self, summary: dict[str, Any]) -> None:
         """One evaluated policy version (`online_po.evaluation.EvalSummary`); `guards` there are what guards saw."""
+        ...
+
+    def restart(self, who: str, why: str, seconds: float) -> None:
+        """An actor died, and another one does its work now; `seconds`: from its death, as far as is known."""
         ...
 
     def message(self, text: str) -> None:

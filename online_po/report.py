@@ -250,6 +250,11 @@ def _time_note(view: RunView) -> str:
             f"{share:.0f}% of the {duration(use['wall'])} after start-up went into {', '.join(USEFUL_PHASES[:-1])} and "
             f"{USEFUL_PHASES[-1]}; start-up took {duration(use['startup'])}. {note}"
         )
+    if view.restarts:
+        times = Counter(restart["restart"] for restart in view.restarts)
+        again = ", ".join(f"{who} ({plural(count, 'time')})" for who, count in times.items())
+        lost = sum(restart["seconds"] for restart in view.restarts)
+        note += f" Died and started again: {again}; that took {duration(lost)}."
     return note
 
 

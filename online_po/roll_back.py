@@ -83,7 +83,7 @@ def _can_go_on(ledger: Ledger, round_: int) -> bool:
 
 
 def go_back(parts: Parts, wanted: RollBack) -> int:
-    """Takes the run and the learner back to the last good round, and returns that.
+    """Takes the run back to the last good round, and returns that; the learner is to load it.
 
     Raises GuardError past `guards.max_roll_backs`, with the run at the good round; NonFiniteError where a round that
     cannot be trained has no good one before it.
@@ -102,8 +102,6 @@ def go_back(parts: Parts, wanted: RollBack) -> int:
             f"`online-po resume {ledger.root}` tries again with new sampling seeds"
         )
     parts.observer.message(f"{said}, and goes on with new sampling seeds")
-    load_round(parts, good)
-    fail_point("roll_back.loaded")
     return good
 
 

@@ -59,6 +59,8 @@ class RunView:
     """In order; round 0 holds the starting policy's evaluation."""
     phases: list[dict[str, Any]]
     """timeline.jsonl: {"phase", "round", "start" (Unix seconds), "seconds"} in the order they ended."""
+    restarts: list[dict[str, Any]]
+    """timeline.jsonl: {"restart": who, "why", "start", "seconds"} of actors that were started again."""
     roll_backs: list[dict[str, Any]]
     """See `online_po.ledger.Ledger.roll_backs`."""
     guard_stops: list[dict[str, Any]]
@@ -137,13 +139,15 @@ def example_count(summary: Mapping[str, Any]) -> int | None:
 def load_run_view(folder: Path) -> RunView:
     """Reads a run folder. What is not there yet is left out; a last line cut short by a crash is skipped."""
     config_text = (folder / "config.yaml").read_text(encoding="utf-8")
+    timeline = list(_json_lines(folder / "timeline.jsonl"))
     return RunView(
         folder=folder,
         config_text=config_text,
         config=yaml.safe_load(config_text),
         info=json.loads((folder / "run.json").read_text(encoding="utf-8")),
         rounds=[_load_round(path) for path in sorted((folder / "rounds").glob("[0-9]*")) if path.name.isdigit()],
-        phases=list(_json_lines(folder / "timeline.jsonl")),
+        phases=[line for line in timeline if "phase" in line],
+        restarts=[line for line in timeline if "restart" in line],
         roll_backs=_json_list(folder / "roll_backs.json"),
         guard_stops=_json_list(folder / "guard_stops.json"),
     )

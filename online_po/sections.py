@@ -284,6 +284,13 @@ class RayConfig(Section):
         "share where there are too few, else 0.",
     )
     startup_timeout_s: float = Field(600.0, gt=0, description="Seconds to wait for actors to be ready.")
+    max_restarts: int = Field(
+        3,
+        ge=0,
+        description="How often an engine, a judge process or the learner that died or hung is started again within "
+        "ray.restart_window_s; then the run ends. An engine that halves its batch for want of memory does not count.",
+    )
+    restart_window_s: float = Field(3600.0, gt=0, description="Seconds within which ray.max_restarts are counted.")
 
     @model_validator(mode="after")
     def _check(self) -> RayConfig:
@@ -301,3 +308,25 @@ class RayConfig(Section):
             if amount is not None and amount > 1 and amount != int(amount):
                 raise ValueError(f"ray.{name} is {amount:g}; above 1, Ray gives only whole {unit}: use a whole number")
         return self
+
+
+class LimitsConfig(Section):
+    """Seconds without any progress after which an actor counts as hung: it is named, ended, and started again. They are
+    no measure of the work: however long that is, something comes of it all the time. Not part of a run's identity."""
+
+    generate_s: float = Field(
+        600.0, gt=0, description="An engine: without a step (one more token for all that it samples, or prompts read)."
+    )
+    judge_s: float = Field(
+        1800.0,
+        gt=0,
+        description="A judge process: without a judged group while it has some. An endpoint may be away for a while; "
+        "single calls have judge.timeout_s.",
+    )
+    step_s: float = Field(1800.0, gt=0, description="A learner rank: without an optimizer step, or a batch of logps.")
+    weights_s: float = Field(
+        1800.0, gt=0, description="An engine or a rank: while it reads, writes or proves weights and optimizer state."
+    )
+    pulse_s: float = Field(
+        300.0, gt=0, description="Any of them, whatever it does: without an answer from its process (stopped, say)."
+    )

@@ -116,19 +116,20 @@ class Bench:
 
     def parts(self, config: Config, ledger: Ledger, plan: Any, observer: Observer) -> Parts:
         """The actors, and a new learner."""
+        learner: Any = TorchLearner(  # here, not in processes of its own that could be lost
+            config.model,
+            config.learner,
+            config.loss,
+            seed=config.run.seed,
+            rounds=config.loop.rounds,
+            skip_nonfinite=config.guards.nonfinite.action == "warn",
+        )
         return Parts(
             config=config,
             ledger=ledger,
             generator=self.generator,
             judges=self.judges,
-            learner=TorchLearner(
-                config.model,
-                config.learner,
-                config.loss,
-                seed=config.run.seed,
-                rounds=config.loop.rounds,
-                skip_nonfinite=config.guards.nonfinite.action == "warn",
-            ),
+            learner=learner,
             observer=observer,
             timer=PhaseTimer(ledger.root / "timeline.jsonl"),
             train=plan.train,

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from online_po.config import Config
-from online_po.errors import NonFiniteError, SyncError
+from online_po.errors import LearnerLostError, NonFiniteError, SyncError
 from online_po.ledger import Ledger
 from online_po.sections import SamplingConfig
 from online_po.step_checkpoints import StepPlan, StepWriter
@@ -204,6 +204,10 @@ class FakeLearner:
         (folder / "skill.json").write_text(json.dumps(blended))
         self.log.append(("blend", reference.version))
 
+    def restart(self, lost: LearnerLostError) -> None:
+        self.skill = 0.0
+        self.log.append(("restart", str(lost)))
+
     def load(self, policy: Policy, trainer_dir: Path) -> None:
         if policy.version > 0:  # the start has no trainer folder
             assert json.loads((trainer_dir / "state.json").read_text()) == {"round": policy.version}
@@ -238,6 +242,7 @@ class FakeObserver:
     def __init__(self) -> None:
         self.phases: list[tuple[str, int]] = []
         self.messages: list[str] = []
+        self.restarts: list[tuple[str, str]] = []
 
     @contextmanager
     def phase(self, name: str, round_: int) -> Iterator[None]:
@@ -252,6 +257,9 @@ class FakeObserver:
     def round(self, summary: dict[str, object]) -> None: ...
 
     def evaluation(self, summary: dict[str, object]) -> None: ...
+
+    def restart(self, who: str, why: str, seconds: float) -> None:
+        self.restarts.append((who, why))
 
     def message(self, text: str) -> None:
         self.messages.append(text)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from online_po import files
+from online_po.observers import PhaseTimer
 from online_po.report import write_report
 from online_po.report_charts import MAX_POINTS, charts, thin
 from online_po.run_view import (
@@ -189,6 +190,19 @@ def test_time_use_is_a_union_over_sessions(tmp_path):
     view = load_run_view(folder)
     assert time_use(view) == {"startup": 15.0, "wall": 12.0 + 5.0, "useful": 10.0 + 5.0}
     assert phase_seconds(view)[2] == {"generate": 6.0}
+
+
+def test_restarts_are_told_of_and_are_no_phases(tmp_path):
+    folder = make_run_folder(tmp_path)
+    use = time_use(load_run_view(folder))
+    timer = PhaseTimer(folder / "timeline.jsonl")
+    for who, seconds in (("generator replica 0", 8.0), ("the learner", 12.0), ("generator replica 0", 10.0)):
+        timer.restart(who, "killed", seconds)
+    timer.close()
+    view = load_run_view(folder)
+    assert time_use(view) == use and [restart["seconds"] for restart in view.restarts] == [8.0, 12.0, 10.0]
+    text = write_report(folder).read_text()
+    assert "Died and started again: generator replica 0 (2 times), the learner (1 time); that took 30 s" in text
 
 
 def test_many_rounds_and_steps_stay_small(tmp_path):

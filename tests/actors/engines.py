@@ -40,7 +40,7 @@ def in_order(answers: Iterable[dict[int, Group]]) -> list[Group]:
     """The groups of one chunk, in order of its requests; each must have come once."""
     found: dict[int, Group] = {}
     for groups in answers:
-        assert groups and not groups.keys() & found.keys()
+        assert not groups.keys() & found.keys()
         found |= groups
     assert sorted(found) == list(range(len(found)))
     return [found[place] for place in range(len(found))]

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from concurrent.futures import as_completed, wait
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import psutil
@@ -105,14 +105,12 @@ def test_work_is_shared(group):
     assert pids.count(pids[0]) == 2 and os.getpid() not in pids
 
 
-def test_a_dead_process_is_an_engine_error(group):
+def test_a_process_that_dies_too_often_is_an_engine_error(group):
     pool = group("die", workers=2)
-    waiting, other = pool.submit([make_group("wait")] * 2), pool.submit([make_group("wait")])
-    doomed = pool.submit([make_group("die")])  # goes where less is under way: with `other`
-    for future in (doomed, other):
-        with pytest.raises(EngineError, match="judge process 1 failed with 1 groups unanswered"):
-            future.result(60)
-    assert not waiting.done()
+    pool.submit([make_group("wait")] * 4)  # it goes where less is under way: always to the other process
+    doomed = pool.submit([make_group("die")])
+    with pytest.raises(EngineError, match=r"judge process 1 was started again 3 times within 3600 s .* and died"):
+        doomed.result(120)
 
 
 @pytest.fixture
@@ -125,28 +123,22 @@ def asked(tmp_path):
 
 def test_after_a_kill_no_answered_question_is_asked_again(group, asked, tmp_path):
     groups, calls = asked
-    first = group("slow", concurrency=2)
-    futures = [first.submit([each], 3) for each in groups]
+    pool = group("slow", concurrency=2)
+    futures = [pool.submit([each], 3) for each in groups]
     answered = {n for n in range(8) if futures[n].result(60)[0].scores == (float(n),)}
     assert len(answered) == 8
     os.kill(int((tmp_path / "log").read_text().split()[0]), signal.SIGKILL)
-    wait(futures, 60)
-    answered |= {n for n, future in enumerate(futures) if future.exception() is None}
-    assert all(isinstance(futures[n].exception(), EngineError) for n in {*range(40)} - answered)
-    before = calls()
-    assert len(answered) < 40 and len(before) == len(set(before)) < 40
-    first.close()
-
-    again = group("slow", concurrency=2)
-    verdicts = [future.result(60)[0] for future in [again.submit([each], 3) for each in groups]]
+    verdicts = [future.result(120)[0] for future in futures]
     assert [verdict.scores for verdict in verdicts] == [(float(n),) for n in range(40)]
+    processes = {line.split()[0] for line in (tmp_path / "log").read_text().splitlines()}
+    assert len(processes) == 2
     asked_twice = {int(response) for response, times in Counter(calls()).items() if times > 1}
     # What the process died at has no answer: it may have to be asked again.
     assert not asked_twice & answered and len(asked_twice) <= 2
-    again.close()
+    pool.close()
     assert [path.name for path in Path("runs/x").iterdir()] == ["judge_cache.sqlite"]
     statistics = judge_statistics(Path("runs/x/judge_cache.sqlite"), 3)
-    assert statistics["hits"] + statistics["calls"] >= 40 and statistics["hits"] >= len(answered)
+    assert statistics["hits"] + statistics["calls"] >= 40
 
 
 def test_a_spent_budget_pauses_all_processes_and_loses_nothing(group, asked):

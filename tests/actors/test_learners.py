@@ -15,7 +15,7 @@ import ray
 from actors.learners import LearnerGroup
 from make_tiny_model import make_tiny_model
 from online_po.config import Config
-from online_po.errors import ConfigError, NonFiniteError, OnlinePOError
+from online_po.errors import ConfigError, LearnerLostError, NonFiniteError, OnlinePOError
 from online_po.types import Policy
 from tests.learner_setup import collect_logps, make_pairs
 
@@ -112,7 +112,7 @@ def test_a_dead_rank_ends_the_call_and_the_group(model: Path, victim: int) -> No
     group.ready(120)
     pid = ray.get(group._ranks[victim].__ray_call__.remote(lambda _self: os.getpid()))
     reference = collect_logps(group.logps, PAIRS, Policy(version=0, path=model))
-    with pytest.raises(OnlinePOError, match="a learner rank died"):
+    with pytest.raises(LearnerLostError, match=rf"^rank {victim} is dead: "):
         steps = group.update(1, PAIRS, reference, None)
         next(steps)
         os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,278 @@
+"""Who of a run's actors is alive: the pulse that each gives, the watch that ends those that hang, and restarts.
+
+Ray restarts nothing by itself here: an actor that starts again must get its weights and prove them before it gets
+work, so who owns it makes a new one in the same place. Here is what they share: how often, why, and what is told.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from online_po.config import Config
+from online_po.errors import EngineError
+from online_po.observers import Silent
+from online_po.protocols import Observer
+from online_po.sections import LimitsConfig
+
+PULSE_GROUP = {"pulse": 1}
+"""Ray's concurrency groups of every actor: its pulse is felt while it works."""
+POLL_S = 5.0
+"""How often the watch looks, at most."""
+KILLED_S = 10.0
+"""So long a process that was killed may take to be gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulse:
+    """What an actor is at."""
+
+    call: str | None
+    """None: nothing."""
+    seconds: float
+    """Since anything came of it."""
+    pid: int
+    node: str
+    """Ray's id of the machine."""
+
+
+class Progress:
+    """An actor's own record of what it is at. Written by its working thread, read by the one that answers `pulse`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: dict[object, str] = {}
+        self._since = time.monotonic()
+
+    @contextmanager
+    def at(self, call: str) -> Iterator[None]:
+        """Around a call; several may be under way."""
+        token = object()
+        with self._lock:
+            if not self._calls:
+                self._since = time.monotonic()
+            self._calls[token] = call
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._calls[token]
+                self._since = time.monotonic()
+
+    def tick(self) -> None:
+        """Something came of it."""
+        self._since = time.monotonic()
+
+    def pulse(self) -> Pulse:
+        with self._lock:
+            call = next(iter(self._calls.values()), None)
+            seconds = time.monotonic() - self._since
+        return Pulse(call=call, seconds=seconds, pid=os.getpid(), node=ray.get_runtime_context().get_node_id())
+
+
+class ActorLostError(Exception):
+    """An actor died, or its engine is of no use any more: what it was asked is to be asked again.
+
+    memory: for want of memory."""
+
+    def __init__(self, cause: str, *, memory: bool = False) -> None:
+        super().__init__(cause)
+        self.memory = memory
+
+
+@dataclass
+class _Watched:
+    who: str
+    actor: Any
+    heard: float
+    """When it gave its last pulse, or was made."""
+    pulse: Pulse | None = None
+    asked: Any = None
+
+
+class Watch:
+    """Asks actors for their pulse, and ends those from which nothing came for longer than `limits` allow.
+
+    An actor that hangs is dead from then on for everybody who waits for it. `limits`: seconds by what a pulse calls
+    the work; `quiet_s`: seconds that a pulse itself may take. `ask`, `answer`, `kill` and `clock` are there for tests.
+    """
+
+    def __init__(
+        self,
+        limits: Mapping[str, tuple[str, float]],
+        quiet: tuple[str, float],
+        *,
+        ask: Callable[[Any], Any] = lambda actor: actor.pulse.remote(),
+        answer: Callable[[Any], Pulse | None] = lambda ref: _answer(ref),
+        kill: Callable[[Any, Pulse | None], None] = lambda actor, pulse: end(actor, pulse),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits, self._quiet = limits, quiet
+        self._ask, self._answer, self._kill, self._clock = ask, answer, kill, clock
+        self._lock = threading.Lock()
+        self._watched: dict[Any, _Watched] = {}
+        self._hung: dict[Any, str] = {}
+        self._thread: threading.Thread | None = None
+        self._poll = min([POLL_S, quiet[1] / 4, *(seconds / 4 for _, seconds in limits.values())])
+
+    def add(self, who: str, actor: Any) -> None:
+        """Watches an actor from now on, until it is dead."""
+        with self._lock:
+            self._watched[actor] = _Watched(who=who, actor=actor, heard=self._clock())
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+                self._thread.start()
+
+    def why(self, actor: Any) -> str | None:
+        """Why the watch ended an actor; None where it did not."""
+        with self._lock:
+            return self._hung.get(actor)
+
+    def remove(self, actor: Any) -> Pulse | None:
+        """Watches an actor no more; its last pulse."""
+        with self._lock:
+            self._hung.pop(actor, None)
+            watched = self._watched.pop(actor, None)
+        return watched.pulse if watched is not None else None
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(self._poll)
+            with self._lock:
+                if not self._watched:
+                    self._thread = None
+                    return
+            self.look()
+
+    def look(self) -> None:
+        """One look at everybody."""
+        with self._lock:
+            watched = list(self._watched.values())
+        for one in watched:
+            try:
+                if one.asked is None:
+                    one.asked = self._ask(one.actor)
+                found = self._answer(one.asked)
+            except RayError:  # dead: who waits for it hears of it
+                self._forget(one)
+                continue
+            if found is not None:
+                one.pulse, one.heard, one.asked = found, self._clock(), None
+            if (reason := self._overdue(one)) is not None:
+                with self._lock:
+                    if one.actor not in self._watched:
+                        continue
+                    self._hung[one.actor] = reason
+                    del self._watched[one.actor]
+                self._kill(one.actor, one.pulse)
+
+    def _forget(self, one: _Watched) -> None:
+        with self._lock:
+            self._watched.pop(one.actor, None)
+
+    def _overdue(self, one: _Watched) -> str | None:
+        silent = self._clock() - one.heard
+        call, since = (one.pulse.call, one.pulse.seconds) if one.pulse is not None else ("start", 0.0)
+        if call is not None:
+            field, limit = self._limits[call]
+            if since + silent > limit:
+                return f"it hung: nothing came of `{call}` for {since + silent:.0f} s ({field} is {limit:g})"
+        field, limit = self._quiet
+        # While it starts it may load libraries for long without letting anybody else have a turn.
+        if call != "start" and silent > limit:
+            return f"it hung: the process has given no sign of life for {silent:.0f} s ({field} is {limit:g})"
+        return None
+
+
+def _answer(ref: Any) -> Pulse | None:
+    """A pulse, if it is there. Raises RayError of a dead actor."""
+    ready, _ = ray.wait([ref], timeout=0)
+    return ray.get(ready[0]) if ready else None
+
+
+def end(actor: Any, pulse: Pulse | None) -> None:
+    """Kills an actor; `pulse`: a recent one of it, by which its process is known."""
+    ray.kill(actor)
+    # A process that was stopped or sits in the kernel does not hear Ray. On other machines its own raylet has to do.
+    if pulse is not None and pulse.node == ray.get_runtime_context().get_node_id():
+        with suppress(ProcessLookupError):
+            os.kill(pulse.pid, signal.SIGKILL)
+
+
+class Supervisor:
+    """What the groups of actors share: the watch, how often whom may be started again, and telling of it."""
+
+    def __init__(self, config: Config, observer: Observer | None = None, clock: Callable[[], float] = time.monotonic):
+        self._ray, self._observer, self._clock = config.ray, observer or Silent(), clock
+        self.watch = Watch(
+            limits_by_call(config.limits, config.ray.startup_timeout_s),
+            ("limits.pulse_s", config.limits.pulse_s),
+        )
+        self._lock = threading.Lock()
+        self._restarts: defaultdict[str, deque[float]] = defaultdict(deque)
+
+    def lost(self, who: str, cause: str) -> None:
+        """Notes that an actor died. Raises EngineError where it did so more often than it may be started again."""
+        allowed, window = self._ray.max_restarts, self._ray.restart_window_s
+        with self._lock:
+            now, times = self._clock(), self._restarts[who]
+            while times and now - times[0] > window:
+                times.popleft()
+            if len(times) >= allowed:
+                again = f"was started again {len(times)} times within {window:g} s (ray.max_restarts) and " * (
+                    allowed > 0
+                )
+                raise EngineError(
+                    f"{who} {again}died: {cause}. What was finished is kept; see to the cause, and resume the run"
+                )
+            times.append(now)
+        self.tell(f"{who} died ({cause}); it is started again")
+
+    def back(self, who: str, why: str, seconds: float, what: str = "") -> None:
+        """Tells of an actor that was started again: why, how long that took, and what it holds."""
+        self.tell(f"{who} is back after {seconds:.1f} s{what}")
+        self._observer.restart(who, why, seconds)
+
+    def tell(self, text: str) -> None:
+        self._observer.message(text)
+
+    def why(self, actor: Any, otherwise: str) -> str:
+        """Why an actor died, as far as is known."""
+        return self.watch.why(actor) or otherwise
+
+    def end(self, actor: Any) -> None:
+        """Kills an actor that is of no use any more."""
+        end(actor, self.watch.remove(actor))
+
+
+def limits_by_call(limits: LimitsConfig, startup_s: float) -> dict[str, tuple[str, float]]:
+    """What a pulse calls the work -> (setting, seconds without any progress)."""
+    fields = {"generate_s": ("generate", "answer"), "weights_s": ("sync", "save", "load", "blend"),
+              "judge_s": ("judge",), "step_s": ("update", "logps", "token_logps")}  # fmt: skip
+    found = {call: (f"limits.{field}", getattr(limits, field)) for field, calls in fields.items() for call in calls}
+    return found | {"start": ("ray.startup_timeout_s", startup_s)}
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether a library's error, or one behind it, says that memory or the KV cache is too small."""
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory", "kv cache", "running low on memory")
+    while error is not None:
+        text = str(error).lower()
+        if (
+            isinstance(error, MemoryError)
+            or type(error).__name__ == "OutOfMemoryError"
+            or any(w in text for w in words)
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
