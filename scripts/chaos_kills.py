@@ -79,10 +79,10 @@ def random_kills(rng: random.Random, whole: Whole) -> list[Kill]:
 def every_point(rng: random.Random, wholes: dict[str, Whole]) -> list[tuple[str, list[Kill]]]:
     """(shape, kills) of runs that die at every fail point, on every kind of file, once; each run at many."""
     made: list[tuple[str, list[Kill]]] = []
-    left = {point for whole in wholes.values() for point in whole.passed}
+    points = sorted({point for whole in wholes.values() for point in whole.passed})
+    shape_of = {point: rng.choice([name for name in wholes if point in wholes[name].passed]) for point in points}
     for shape, whole in wholes.items():
-        own = sorted(left & set(whole.passed))
-        left -= set(own)
+        own = [point for point in points if shape_of[point] == shape]
         rng.shuffle(own)
         for begin in range(0, len(own), KILLS_A_RUN):
             # In the order of where a run may come to them: so what is left of it after a kill has the next point.
