@@ -183,7 +183,7 @@ def _unlike(a: Any, b: Any, where: str) -> Iterator[str]:
         for place, (x, y) in enumerate(zip_longest(a, b)):
             yield from _unlike(x, y, f"{where}[{place}]")
     elif repr(a) != repr(b):
-        yield f"{where}: {_short(a)} there, {_short(b)} here"
+        yield f"{where or 'value'}: {_short(a)} there, {_short(b)} here"
 
 
 def compare_answers(first: Path, second: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from chaos_kills import Kill, Trial, Whole
 from online_po.fail_points import NAMES
 from tests.kills import memory_folder
 
+pytestmark = pytest.mark.timeout(1800)  # a machine may be busy; this one counts nothing by time
 KILLER = [sys.executable, chaos.__file__]
 
 
@@ -76,7 +78,8 @@ def test_a_resume_that_forgets_the_weights_is_found():
     command = [sys.executable, "-c", f"import sys; sys.path[:0] = {[str(Path(chaos.__file__).parent)]!r}; {BROKEN}"]
     code, output, table = run_chaos("--engine", "fakes", "--shape", "ahead", "--point", "commit.end:2", command=command)
     assert code == 1
-    assert "rounds/000003/policy/skill.json: " in output and "rounds/000002/policy" not in output
+    wrong = sorted(set(re.findall(r"^  rounds/(\d+)/", output, re.MULTILINE)))
+    assert wrong[0] == "000003" and "000003/metrics.jsonl: [0].loss: " in output, "round 2 was committed"
     assert table["points"]["commit.end"]["mismatches"] == 1
 
 
