@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -47,6 +47,7 @@ from chaos_kills import (
     flip_a_byte,
     may_be_remade,
     never_killed,
+    not_reached,
     pieces,
     random_kills,
     table_of,
@@ -330,22 +331,29 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=args.folder))
     chaos, rng = Chaos(args.engine, folder, args.limit), random.Random(args.seed)
     wholes = {shape: chaos.whole(shape) for shape in ([args.shape] if args.shape else SHAPES)}
-    planned: Iterator[tuple[str, list[Kill]]]
+    planned: Iterable[tuple[str, list[Kill]]]
     if args.point:
         planned = ((shape, [Kill(point=point) for point in args.point]) for shape in wholes)
     elif args.every_point:
-        planned = iter(every_point(rng, wholes))
+        planned = every_point(rng, wholes)
     else:
         shapes = (rng.choice(list(wholes)) for _ in range(args.trials))
         planned = ((shape, random_kills(rng, wholes[shape])) for shape in shapes)
     trials: list[Trial] = []
     end = time.monotonic() + 60 * args.minutes
-    for shape, kills in planned:
-        if time.monotonic() > end:
-            break
-        trials.append(chaos.trial(len(trials), shape, wholes[shape], kills))
-        wrong = "; ".join(trials[-1].wrong[:1])
-        print(f"{len(trials)} {shape} {[kill.point or round(kill.seconds, 2) for kill in kills]} {wrong}", flush=True)
+
+    def run(planned: Iterable[tuple[str, list[Kill]]]) -> None:
+        for shape, kills in planned:
+            if time.monotonic() > end:
+                break
+            trials.append(chaos.trial(len(trials), shape, wholes[shape], kills))
+            wrong = "; ".join(trials[-1].wrong[:1])
+            places = [kill.point or round(kill.seconds, 2) for kill in kills]
+            print(f"{len(trials)} {shape} {places} {wrong}", flush=True)
+
+    run(planned)
+    if args.every_point:
+        run(not_reached(trials))
     shutil.rmtree(chaos.ray)
     show(trials, chaos)
     missing = never_killed(trials, args.engine) if args.every_point else []

@@ -98,6 +98,12 @@ def every_point(rng: random.Random, wholes: dict[str, Whole]) -> list[tuple[str,
     return [*made, *((shape, [first, Kill(point=point)]) for point, first in after.items())]
 
 
+def not_reached(trials: Sequence[Trial]) -> list[tuple[str, list[Kill]]]:
+    """Kills that did not happen, each for a run of its own: an earlier one may have kept the run from coming there. A
+    roll-back that was killed in the middle ends when the run is opened, for one."""
+    return [(trial.shape, [Kill(point=kill.point)]) for trial in trials for kill in trial.kills if not kill.happened]
+
+
 def never_killed(trials: Sequence[Trial], engine: str) -> list[str]:
     """Fail points that no run died at."""
     died = {kill.row.partition("@")[0] for trial in trials for kill in trial.kills if kill.happened}

@@ -104,6 +104,11 @@ def test_every_point_is_killed_at_once_in_the_order_a_run_comes_to_them(wholes):
     assert {kills[-1] for _, kills in after} == {"restore.loaded", "sweep.removed", "sweep.dropped"}
 
 
+def test_what_a_run_did_not_come_to_is_tried_alone():
+    trial = Trial(shape="ahead", kills=[Kill(point="move.durable@N", happened=True), Kill(point="roll_back.loaded")])
+    assert chaos_kills.not_reached([trial]) == [("ahead", [Kill(point="roll_back.loaded")])]
+
+
 def test_random_kills_are_the_seeds(wholes):
     drawn = [[chaos_kills.random_kills(random.Random(seed), wholes["ahead"]) for seed in range(200)] for _ in range(2)]
     assert drawn[0] == drawn[1]
