@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from actors import cluster
 from actors.engines import check_engine, environment
 from actors.replica import EngineMemoryError, GeneratorReplica, one_line
-from actors.supervision import PULSE_GROUP, ActorLostError, Supervisor, out_of_memory
+from actors.supervision import PULSE_GROUP, ActorLostError, Supervisor, death, out_of_memory
 from online_po.config import Config
 from online_po.errors import EngineError, OnlinePOError, SyncError
 from online_po.sections import SamplingConfig
@@ -326,7 +326,7 @@ class GeneratorGroup:
             # After an error that nobody meant, an engine is in no known state.
             raise ActorLostError(f"its engine failed: {one_line(error.cause)}") from error
         except RayError as error:
-            cause = self._supervisor.why(replica.actor, one_line(error))
+            cause = self._supervisor.why(replica.actor, death(error))
             raise ActorLostError(cause, memory=out_of_memory(error)) from error
 
 

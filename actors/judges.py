@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors import cluster
 from actors.engines import variables
-from actors.supervision import PULSE_GROUP, Progress, Pulse, Supervisor
+from actors.supervision import PULSE_GROUP, Progress, Pulse, Supervisor, death
 from actors.vllm_reward import load_reward_model
 from judges.asking import Asker
 from judges.calls import describe
@@ -160,7 +160,7 @@ class JudgeGroup:
         name = f"judge process {process.number}"
         began = time.monotonic()
         while self._processes[process.number] is process:
-            cause = self._supervisor.why(process.actor, _short(error))
+            cause = self._supervisor.why(process.actor, death(error))
             self._supervisor.lost(name, cause)
             self._supervisor.end(process.actor)
             new = self._make(process.number)

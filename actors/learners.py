@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors import cluster
-from actors.supervision import PULSE_GROUP, Progress, Pulse, Supervisor, out_of_memory
+from actors.supervision import PULSE_GROUP, Progress, Pulse, Supervisor, death, out_of_memory
 from online_po.batching import COLUMNS
 from online_po.config import Config
 from online_po.errors import LearnerLostError, NonFiniteError, OnlinePOError, first_line
@@ -275,7 +275,7 @@ class LearnerGroup:
         """(how far from the cause it may be, what to raise) for a rank's error. Nearest is what it raised on purpose;
         then its death; last what may be a connection that broke because another rank died."""
         if not isinstance(error, RayTaskError):
-            cause = self._supervisor.why(self._ranks[rank], first_line(error))
+            cause = self._supervisor.why(self._ranks[rank], death(error))
             return 1, LearnerLostError(f"rank {rank} is dead: {cause}")
         if isinstance(error.cause, OnlinePOError):
             return 0, error.cause

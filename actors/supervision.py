@@ -200,6 +200,18 @@ def _answer(ref: Any) -> Pulse | None:
     return ray.get(ready[0]) if ready else None
 
 
+def death(error: RayError) -> str:
+    """How an actor died, without Ray's page of advice."""
+    text = " ".join(str(error).split())
+    if "node has died" in text or "node failed" in text.lower():
+        return "its machine is gone"
+    if out_of_memory(error):
+        return "its machine was running out of memory"
+    if "process has died" in text or "died unexpectedly" in text:
+        return "its process was killed, or crashed"
+    return text[:200] or type(error).__name__
+
+
 def end(actor: Any, pulse: Pulse | None) -> None:
     """Kills an actor; `pulse`: a recent one of it, by which its process is known."""
     ray.kill(actor)

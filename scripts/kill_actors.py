@@ -42,6 +42,7 @@ def letters(prompt, response, metadata):
     time.sleep(0.05)
     return sum(c.islower() or c == " " for c in response) / max(8, len(response))
 '''
+STARTING = {"__init__", "start", "ready", "rendezvous"}
 PATIENCE_S = 300.0
 """So long the killer waits for an actor of a kind to be at work."""
 
@@ -110,13 +111,15 @@ def actors_of(run: int) -> dict[str, list[tuple[psutil.Process, str]]]:
 
 
 def kill_one(run: subprocess.Popen[str], kind: str, rng: random.Random, at_work: bool = True) -> Kill | None:
-    """Kills an actor of a kind, `at_work` in the middle of a call; None where the run ended before."""
-    delay, deadline = rng.uniform(0, 0.1), time.monotonic() + PATIENCE_S
+    """Kills an actor of a kind; `at_work`: in the middle of a call, once it has started. None where the run ended."""
+    delay, deadline = rng.uniform(0, 0.03), time.monotonic() + PATIENCE_S
     while run.poll() is None and time.monotonic() < deadline:
         actors = actors_of(run.pid)[kind]
-        if actors and (not at_work or any(call for _, call in actors)):
+        if at_work:
+            actors = [(process, call) for process, call in actors if call and call not in STARTING]
+        if actors:
             time.sleep(delay)
-            process, call = rng.choice([actor for actor in actors if actor[1] or not at_work])
+            process, call = rng.choice(actors)
             try:
                 process.kill()
             except psutil.NoSuchProcess:
