@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -124,7 +125,7 @@ class PhaseTimer(Silent):
                 line = {"phase": name, "round": round_, "start": round(start, 3), "seconds": round(end - begin, 4)}
                 # A full disk is for the ledger to tell; telemetry must not hide what it says.
                 with suppress(OSError):
-                    self._file.write(json.dumps(line) + "\n")
+                    self._file.write(timeline_line(line) + "\n")
                     self._file.flush()
 
     def round_seconds(self, round_: int) -> dict[str, Any]:
@@ -151,6 +152,22 @@ class PhaseTimer(Silent):
     def close(self) -> None:
         with suppress(OSError):
             self._file.close()
+
+
+def timeline_line(phase: Mapping[str, Any]) -> str:
+    """A phase as a line of timeline.jsonl, with a checksum as its last key."""
+    text = json.dumps(phase)
+    return f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}'
+
+
+def timeline_phase(line: bytes) -> dict[str, Any] | None:
+    """The phase of a line; None where the line is not as it was written."""
+    try:
+        phase: dict[str, Any] = json.loads(line)
+        del phase["crc32"]
+        return phase if timeline_line(phase).encode() == line else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _end_last_line(path: Path) -> None:

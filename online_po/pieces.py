@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from online_po import files
-from online_po.errors import LedgerError, first_line
+from online_po.errors import LedgerError
 from online_po.tables import (
     PROMPT_SCHEMA,
     RESPONSE_LOGP_SCHEMA,
@@ -70,8 +70,7 @@ class Pieces:
 
     def cursor(self, round_: int) -> dict[str, Any]:
         """The prompt cursor's state after drawing the round's prompts."""
-        metadata = pq.read_schema(self.round_dir(round_) / "prompts.parquet").metadata
-        return json.loads(metadata[b"cursor"])
+        return json.loads(self._metadata(self.round_dir(round_) / "prompts.parquet")[b"cursor"])
 
     def write_responses(self, round_: int, part: int, groups: Sequence[Group]) -> None:
         files.write_parquet(self._part(round_, "responses", part), responses_to_table(groups))
@@ -114,8 +113,7 @@ class Pieces:
 
     def example_notes(self, round_: int, kind: ExampleKind) -> dict[str, Any]:
         """What the round's builder noted in the file's footer."""
-        metadata = pq.read_metadata(self.round_dir(round_) / f"{kind}.parquet").metadata
-        return json.loads(metadata[EXAMPLE_NOTES])
+        return json.loads(self._metadata(self.round_dir(round_) / f"{kind}.parquet")[EXAMPLE_NOTES])
 
     def pairs(self, round_: int) -> pa.Table:
         return self.examples(round_, "pairs")
@@ -140,7 +138,7 @@ class Pieces:
     def logp_notes(self, round_: int, kind: LogpKind) -> dict[str, Any]:
         """What `write_logps` was told; empty where there are no such logps."""
         path = self.round_dir(round_) / f"{kind}_logps.parquet"
-        return json.loads(pq.read_schema(path).metadata[b"notes"]) if path.exists() else {}
+        return json.loads(self._metadata(path)[b"notes"]) if path.exists() else {}
 
     def logps(self, round_: int, kind: LogpKind) -> dict[str, Any] | None:
         """{side: (N,) float32}, one row an example; None if not computed yet."""
@@ -151,12 +149,11 @@ class Pieces:
         return {name: table[name].to_numpy() for name in table.column_names}
 
     def write_metrics(self, round_: int, rows: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        files.write_text(self.round_dir(round_) / "metrics.jsonl", text)
+        files.write_json_lines(self.round_dir(round_) / "metrics.jsonl", rows)
 
     def round_row(self, round_: int) -> dict[str, Any]:
         """The round's own row of its metrics: the last one."""
-        return json.loads((self.round_dir(round_) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        return files.read_json_lines(self.round_dir(round_) / "metrics.jsonl")[-1]
 
     def write_evaluation(self, round_: int, table: pa.Table, summary: dict[str, Any]) -> None:
         """eval.parquet, then eval.json, which makes the evaluation count."""
@@ -185,11 +182,19 @@ class Pieces:
         return self.round_dir(round_) / kind / f"part-{part:05d}.parquet"
 
     def _read(self, path: Path) -> pa.Table:
-        try:
+        with _there(path):
             return files.read_parquet(path)
-        except FileNotFoundError as error:
-            raise LedgerError(f"{str(path)!r} is missing; restore it from a copy of the run folder") from error
-        except (OSError, pa.ArrowException) as error:  # Arrow raises OSError for a wrong checksum
-            raise LedgerError(
-                f"{str(path)!r} is damaged ({first_line(error)}); restore it from a copy of the run folder"
-            ) from error
+
+    def _metadata(self, path: Path) -> dict[bytes, bytes]:
+        """A parquet file's metadata, the schema's included."""
+        with _there(path):
+            files.require_whole(path)
+            return pq.read_metadata(path).metadata
+
+
+@contextmanager
+def _there(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise LedgerError(f"{str(path)!r} is missing; restore it from a copy of the run folder") from error
