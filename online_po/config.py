@@ -301,7 +301,7 @@ class Config(Section):
                 # Guards that roll back are added below: others only tell, or end the run.
                 "guards": True,
                 "eval": {"early_stop"},
-                "run": {"name", "dir", "tensorboard", "keep_checkpoints"},
+                "run": {"name", "dir", "tensorboard", "keep_checkpoints", "grace_s"},
                 "model": {"path", "revision"},
                 "prompts": {"path", "dataset", "subset", "split", "heldout_path"},
                 "pairs": {"seed_path"},

@@ -20,6 +20,7 @@ from online_po.ledger import Ledger
 from online_po.parts import Parts
 from online_po.retention import Retention, heldout_scores
 from online_po.roll_back import RollBack, act, go_back, load_round, unsettled
+from online_po.room import require_room
 from online_po.round import probe_of, sample_round, train_round
 from online_po.types import Reference
 
@@ -35,14 +36,15 @@ def run_rounds(parts: Parts) -> list[dict[str, Any]]:
     """Runs every round the ledger does not hold yet; returns the evaluation summaries, oldest first.
 
     The generators prove what they hold before they sample: at the start, after each commit, after a
-    resume. Raises what the parts raise, and GuardError where a guard ends the run; the ledger then holds all
-    that was finished.
+    resume. Raises what the parts raise, GuardError where a guard ends the run, Interrupted where it was asked to stop;
+    the ledger then holds all that was finished.
     """
     last = _restore(parts)
     # A judge that is the policy can be asked only now; others were tried before the engines started.
     if parts.known and parts.ledger.judge_trial(0) is None:
         try_judge(parts.judges, parts.config.judge, parts.known, parts.ledger, parts.observer)
     holder, retention = _WeightHolder(parts), Retention(parts.config, parts.ledger)
+    parts.stop.working = True
     try:
         while True:
             sampling: dict[int, Future[None]] = {}
@@ -55,6 +57,7 @@ def run_rounds(parts: Parts) -> list[dict[str, Any]]:
                 last = go_back(parts, wanted)
                 retention.forget()
     finally:
+        parts.stop.working = False
         parts.stopping.set()
         parts.sampler.shutdown(wait=False, cancel_futures=True)
     return evaluations(parts.ledger)
@@ -79,6 +82,8 @@ def _run_after(
         version = max(0, round_ - 1 - staleness)
         if round_ > last_round(config, ledger):
             return
+        parts.stop.check()
+        require_room(ledger, round_, parts.expected)
         holder.take(version, round_)
         # What is wrong with the policy is acted on when the round's turn comes, whenever it was sampled.
         if round_ <= last_round(config, ledger) and not unsettled(ledger, ledger.evaluation_summary(version)):
@@ -94,11 +99,13 @@ def _run_after(
         act(ledger, ledger.evaluation_summary(max(0, round_ - 1 - staleness)), round_ - 1)
         if round_ > last_round(config, ledger):
             break
+        parts.stop.check()
         _train(parts, round_)
         settle(round_)
     for version in range(rounds + 1):
         if (stopped := early_stop_version(config, ledger)) is not None and version > stopped:
             break
+        parts.stop.check()
         parts.sampler.submit(holder.evaluate, version, rounds + 1).result()
         act(ledger, ledger.evaluation_summary(version), last_round(config, ledger))
     if (stopped := early_stop_version(config, ledger)) is not None:

@@ -23,6 +23,7 @@ from online_po.metrics import likelihood_shift, round_means
 from online_po.parts import Parts
 from online_po.protocols import Learner
 from online_po.reference import renew_reference
+from online_po.room import require_room
 from online_po.seeds import stable_seed
 from online_po.tables import PromptRows, prompts_to_table
 from online_po.types import Group, Probe, Prompt, Request
@@ -51,6 +52,8 @@ def sample_round(parts: Parts, round_: int) -> None:
     def missing() -> Iterator[tuple[int, list[Request]]]:
         for part in numbers:
             parts.require_going_on()
+            if parts.stop.asked:  # what is under way is finished, and judged
+                return
             if part not in made:
                 yield part, [request(parts.config, p, "sample", round_, attempt) for p in chunk(part)]
 
@@ -108,8 +111,10 @@ def train_round(parts: Parts, round_: int) -> None:
     held, betas = before.reference, round_betas(config.loss, round_, before.beta_scale)
     with observer.phase("pair", round_):
         examples, sampled = make_examples(parts, round_, draw_prompts(parts, round_), held)
+    parts.stop.check()
     with observer.phase("reference", round_):
         anchors = make_anchors(parts, round_, examples, held)
+    parts.stop.check()
     steps: list[dict[str, float]] = []
     with observer.phase("learn", round_):
         moved = round_ > 1 and held != ledger.committed(round_ - 2).reference
@@ -118,6 +123,7 @@ def train_round(parts: Parts, round_: int) -> None:
             observer.step(round_, metrics)
     kl = anchors.sampling_kl(examples)
     with observer.phase("save", round_):
+        require_room(ledger, round_, parts.expected, weights_only=True)
         with ledger.weights(round_) as (policy_dir, trainer_dir):
             parts.learner.save(round_, policy_dir, trainer_dir)
         reference = renew_reference(parts, round_, held, kl.get("kl_reference"))
