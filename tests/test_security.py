@@ -294,4 +294,4 @@ def test_no_process_of_ray_listens_beyond_loopback():
     )  # fmt: skip
     listening = [line.split() for line in done.stdout.splitlines()]
     assert listening, done.stderr
-    assert {address for *_, address in listening} <= {"127.0.0.1", "::1"}, done.stdout
+    assert {address for *_, address in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, done.stdout
