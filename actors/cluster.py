@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ from typing import Any
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 import ray
+from ray._private import ray_constants
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -27,10 +32,12 @@ def start(config: RayConfig) -> None:
     if ray.is_initialized():
         raise ConfigError("this process is connected to Ray already; call ray.shutdown() first, a run has its own")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    local = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    settings = local if config.address is None else {"address": config.address}
+    own = config.address is None
+    settings = {"address": "local", "include_dashboard": False} if own else {"address": config.address}
+    _stay_on_loopback(own)
     try:
-        ray.init(**settings, logging_level="error", log_to_driver=False)
+        with _own_signals():
+            ray.init(**settings, logging_level="error", log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         if config.address is None:
             raise ConfigError(f"ray.address is null, but Ray does not start here: {first_line(error)}") from error
@@ -38,6 +45,30 @@ def start(config: RayConfig) -> None:
             f"ray.address is {config.address!r}, but no Ray cluster answers there ({first_line(error)}); start one "
             "with `ray start --head`, or leave ray.address out"
         ) from error
+
+
+def _stay_on_loopback(wanted: bool) -> None:
+    """Whether what Ray starts from now on listens on loopback alone. `_node_ip_address` does not do it: of a loopback
+    address Ray makes the machine's own again. This is the switch that Ray itself sets on laptops; it is read here when
+    ray is imported, and by what Ray starts from the environment."""
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0" if wanted else "1"
+    ray_constants.ENABLE_RAY_CLUSTER = not wanted
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """What Ray starts inside the block ignores SIGUSR1, which Slurm sends to all processes of a job, and Ray's own
+    handler of SIGTERM, which would end this process on the spot, does not stay."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -40,10 +41,8 @@ class _Rank:
 
     def rendezvous(self) -> tuple[str, int]:
         """Rank 0 only: (address, port) of the store where the ranks meet."""
-        from torch.distributed import TCPStore
-
         address = ray.util.get_node_ip_address()
-        self.store = TCPStore(address, 0, self.config.learner.ranks, is_master=True, wait_for_workers=False)
+        self.store = make_store(address, self.config.learner.ranks)
         return address, self.store.port
 
     def start(self, meeting: tuple[str, int] | None) -> None:
@@ -95,6 +94,16 @@ class _Rank:
         with self.progress.at(method):
             for _ in getattr(self.learner, method)(*args):
                 self.progress.tick()
+
+
+def make_store(address: str, ranks: int) -> Any:
+    """A torch TCPStore that listens on this address alone; left to itself it listens on all of the machine's."""
+    from torch.distributed import TCPStore
+
+    listening = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+    port = listening.getsockname()[1]
+    # The store closes it.
+    return TCPStore(address, port, ranks, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 class LearnerGroup:

@@ -13,8 +13,9 @@ import queue
 import sqlite3
 import threading
 import time
+import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +24,21 @@ from typing import Any
 import psutil
 
 from judges.questions import Answer
+from online_po import files
 from online_po.errors import BudgetError, LedgerError
 from online_po.fail_points import fail_point
 from online_po.judge_cache import (
     APPLICATION_ID,
     BUSY_TIMEOUT_S,
+    OPEN,
     SCHEMA_VERSION,
+    SEAL,
     TABLES,
     connect,
     explain,
     require_ours,
+    require_whole,
+    seal,
 )
 from online_po.judge_configs.base import BudgetConfig
 from online_po.types import FailureKind
@@ -54,7 +60,9 @@ def prepare(path: Path, *, nodes: int = 1) -> None:
     Calls that a killed process left open count as lost, at the most they can have cost. `nodes`: machines that judge
     processes may be on. Raises LedgerError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    require_whole(path)
     local = nodes == 1 and not _is_on_network(path)
     try:
         with closing(sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S)) as connection:
@@ -63,6 +71,7 @@ def prepare(path: Path, *, nodes: int = 1) -> None:
             if tables == 0:
                 for statement in TABLES.split(";\n"):
                     connection.execute(statement)
+                connection.execute("INSERT INTO seal VALUES (?)", ((SEAL + OPEN).decode(),))
                 connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             connection.execute("COMMIT")
@@ -76,17 +85,23 @@ def prepare(path: Path, *, nodes: int = 1) -> None:
             for round_, cost in lost.fetchall():
                 connection.execute("UPDATE spent SET money = money + ? WHERE round = ?", (cost, round_))
             connection.execute("UPDATE calls SET outcome = 'lost', key = NULL WHERE outcome = 'open'")
+            connection.execute("UPDATE seal SET hash = ?", ((SEAL + OPEN).decode(),))
             connection.execute("COMMIT")
     except sqlite3.Error as error:
         raise explain(error, path) from error
 
 
 def release(path: Path) -> None:
-    """Once all writers are gone: leaves one plain file, which can be copied or read anywhere."""
-    # A process that is still ending, or a reader: the file then stays in WAL mode, which harms nobody.
-    with suppress(sqlite3.Error, LedgerError), closing(connect(path)) as connection:
-        connection.execute("PRAGMA busy_timeout = 2000")
-        connection.execute("PRAGMA journal_mode = DELETE")
+    """Once all writers are gone: leaves one plain file with its hash in it, which can be copied or read anywhere."""
+    # A process that is still ending, or a reader: the file then stays in WAL mode, which harms nobody. One that was
+    # not in WAL mode may have a writer still, and gets no hash.
+    with suppress(sqlite3.Error, LedgerError, OSError):
+        with closing(connect(path)) as connection:
+            connection.execute("PRAGMA busy_timeout = 2000")
+            (was,) = connection.execute("PRAGMA journal_mode").fetchone()
+            (now,) = connection.execute("PRAGMA journal_mode = DELETE").fetchone()
+        if (was, now) == ("wal", "delete"):
+            seal(path)
 
 
 def _is_on_network(path: Path) -> bool:
@@ -202,32 +217,24 @@ class JudgeStore:
                 )
             _spend(connection, call.round, calls=number is None, money=call.cost)
             if answer is not None:
-                connection.execute(
-                    "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        _blob(key),
-                        call.judge,
-                        call.round,
-                        value,
-                        answer.rationale,
-                        answer.prompt_tokens,
-                        answer.response_tokens,
-                        answer.cost,
-                        answer.cut,
-                    ),
-                )
+                said = (value, answer.rationale, *_taken(answer))
+                row = (_blob(key), call.judge, call.round, *said, _crc(key, said))
+                connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
         await self._do(work, writes=True)
 
     def _find(self, connection: sqlite3.Connection, key: str, round_: int, judge: str) -> Answer | None:
         row = connection.execute(
-            "SELECT value, rationale, prompt_tokens, response_tokens, cost, cut FROM answers WHERE key = ?",
+            "SELECT value, rationale, prompt_tokens, response_tokens, cost, cut, crc FROM answers WHERE key = ?",
             (_blob(key),),
         ).fetchone()
         if row is None:
             return None
+        *said, crc = row
+        if crc != _crc(key, said):
+            raise sqlite3.DatabaseError("an answer is not as it was written")
         self._count_hit(round_, judge)
-        value, rationale, prompt_tokens, response_tokens, cost, cut = row
+        value, rationale, prompt_tokens, response_tokens, cost, cut = said
         return Answer(
             value=json.loads(value),
             rationale=rationale,
@@ -340,6 +347,15 @@ def _set_results(outcomes: list[_Outcome]) -> None:
 
 def _blob(key: str) -> bytes:
     return bytes.fromhex(key)
+
+
+def _taken(answer: Answer) -> tuple[int, int, float, int]:
+    return answer.prompt_tokens, answer.response_tokens, float(answer.cost), int(answer.cut)
+
+
+def _crc(key: str, said: Sequence[Any]) -> int:
+    """Checksum of an answer's row; what is trained on must not be a bit that flipped, in a killed run either."""
+    return zlib.crc32(json.dumps([key, *said]).encode())
 
 
 def _spend(connection: sqlite3.Connection, round_: int, *, calls: int = 0, money: float = 0.0) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
     from online_po.launch import RunResult
     from online_po.plan import Plan
     from online_po.protocols import Observer
+    from online_po.stopping import Stop
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,15 +51,48 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
     from online_po.config import Config
     from online_po.launch import run as launch_run
 
-    _run(lambda observers, on_plan: launch_run(Config.from_yaml(config, overrides or []), observers, on_plan))
+    _run(
+        lambda observers, on_plan, stop: launch_run(
+            Config.from_yaml(config, overrides or []), observers, on_plan, stop=stop
+        )
+    )
 
 
 @app.command()
-def resume(run: RunFolder) -> None:
+def resume(
+    run: RunFolder,
+    from_round: Annotated[
+        int | None,
+        typer.Option(help="Go back to this committed round first; what came after is moved into rolled_back."),
+    ] = None,
+) -> None:
     """Go on with the run in a folder, by the config it was made with."""
     from online_po.launch import resume as launch_resume
 
-    _run(lambda observers, on_plan: launch_resume(run, observers, on_plan))
+    _run(lambda observers, on_plan, stop: launch_resume(run, observers, on_plan, stop=stop, from_round=from_round))
+
+
+@app.command()
+def verify(run: RunFolder) -> None:
+    """Check every file of a run by its hash; name what is damaged, and the last round that is whole."""
+    from online_po.console import ConsoleObserver
+    from online_po.errors import LedgerError
+    from online_po.integrity import find_damage, say_damage
+    from online_po.ledger import Ledger
+
+    ledger, screen = Ledger(run), ConsoleObserver()
+    if not ledger.exists():
+        Ledger.open(run)  # says that it is none
+    try:
+        with screen.phase("verify", 0):
+            found = find_damage(ledger, True, lambda done, total: screen.progress("verify", done, total))
+    finally:
+        screen.close()
+    if found:
+        raise LedgerError(say_damage(ledger, found))
+    last = ledger.last_committed()
+    upto = "" if last is None else f", up to round {last}, the last committed"
+    typer.echo(f"every file is as it was written{upto}")
 
 
 @app.command()
@@ -153,17 +186,13 @@ def pairs(
     typer.echo(f"{sum(made.values())} rows of {len(made)} rounds: {out}")
 
 
-def _run(start: Callable[[list[Observer], Callable[[Plan], None]], RunResult]) -> None:
-    """Runs with a screen, and ends with the table; an interrupt ends the run in order."""
+def _run(start: Callable[[list[Observer], Callable[[Plan], None], Stop], RunResult]) -> None:
+    """Runs with a screen, and ends with the table; a signal ends the run in order."""
     from online_po.console import ConsoleObserver, print_result
+    from online_po.errors import Interrupted, OnlinePOError
     from online_po.run_view import load_run_view
+    from online_po.stopping import EXIT_CODE, StopSignals
 
-    def interrupt(signal_number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    # SIGINT too: a shell starts background jobs with it ignored, and Python then leaves it so.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
     console = ConsoleObserver()
     folder: list[Path] = []
 
@@ -171,19 +200,24 @@ def _run(start: Callable[[list[Observer], Callable[[Plan], None]], RunResult]) -
         folder.append(plan.config.run_dir)
         console.plan(plan)
 
-    try:
-        result = start([console], on_plan)
-    except KeyboardInterrupt:
-        where = f"; go on with: online-po resume {folder[0]}" if folder else ""
-        typer.echo(f"stopped, what was finished is kept{where}", err=True)
-        raise typer.Exit(130) from None
+    with StopSignals() as stop:
+        try:
+            result = start([console], on_plan, stop)
+        except (KeyboardInterrupt, OnlinePOError, OSError) as error:
+            if not stop.asked:
+                raise
+            # Of others that died of the same signal, say.
+            why = "" if isinstance(error, (KeyboardInterrupt, Interrupted)) else f" ({error})"
+            where = f"; go on with: online-po resume {folder[0]}" if folder else ""
+            typer.echo(f"stopped{why}, what was finished is kept{where}", err=True)
+            raise typer.Exit(EXIT_CODE) from None
     print_result(load_run_view(result.run_dir))
     typer.echo(f"report: {result.report}")
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 2 bad input, 3 stopped by a fault (a full disk too), 4 paused (judge.budget is
-    spent), 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 2 bad input, 3 stopped by a fault (a full disk or a damaged file too), 4 paused
+    (judge.budget is spent), 130 stopped by a signal (SIGINT, SIGTERM, SIGUSR1)."""
     from online_po.errors import OnlinePOError
 
     try:

@@ -310,7 +310,7 @@ class Config(Section):
                 # Guards that roll back are added below: others only tell, or end the run.
                 "guards": True,
                 "eval": {"early_stop"},
-                "run": {"name", "dir", "tensorboard"},
+                "run": {"name", "dir", "tensorboard", "grace_s"},
                 "model": {"path", "revision"},
                 "prompts": {"path", "dataset", "subset", "split", "heldout_path"},
                 "pairs": {"seed_path"},

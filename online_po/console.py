@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from online_po import guard_view
+from online_po import files, guard_view
 from online_po.run_view import (
     RunView,
     duration,
@@ -284,6 +284,7 @@ def _made(ledger: Ledger, round_: int) -> str:
     folder = ledger.round_dir(round_)
     counts = []
     if (path := folder / "prompts.parquet").exists():
+        files.require_whole(path)
         counts.append(f"{plural(pq.read_metadata(path).num_rows, 'prompt')} drawn")
     for name in ("responses", "judgements"):
         parts = len(list((folder / name).glob("part-*.parquet")))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class OnlinePOError(Exception):
     """Base of all errors raised on purpose; the CLI prints it without a traceback.
 
-    `exit_code` is what the command line returns: 2 for bad input, 3 for a run that stopped, 4 for one that pauses.
+    `exit_code` is what the command line returns: 2 for bad input, 3 for a run that stopped, 4 for one that pauses, 130
+    for one that was asked to stop.
     """
 
     exit_code = 3
@@ -25,6 +28,30 @@ class ConfigError(OnlinePOError, ValueError):
 
 class LedgerError(OnlinePOError):
     """The run folder is missing, in use, damaged, or belongs to another config."""
+
+
+class DamagedError(LedgerError):
+    """A file of the run folder is not as it was written."""
+
+    def __init__(self, path: Path, what: str = "its hash is not the one it was written with") -> None:
+        super().__init__(
+            f"{str(path)!r} is damaged: {what}; restore it from a copy of the run folder, or let `online-po verify "
+            "RUN` say from which round the run can go on"
+        )
+        self.path, self.what = path, what
+
+    def __reduce__(self) -> tuple[type[DamagedError], tuple[Path, str]]:
+        return DamagedError, (self.path, self.what)  # by its arguments, so that it passes between processes
+
+
+class DiskError(LedgerError):
+    """The disk is full, or cannot be written or read."""
+
+
+class Interrupted(OnlinePOError):
+    """The run was asked to stop, and did, between two pieces of work; what was finished is kept."""
+
+    exit_code = 130
 
 
 class NoPairsError(OnlinePOError):

@@ -1,4 +1,8 @@
-"""Files that appear whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+"""Files that appear whole or not at all: temporary name, fsync, rename, fsync of the folder.
+
+What a run writes carries its own hash (`online_po.seals`), which is checked whenever it is read. A disk that is full,
+or that cannot be written or read, is a DiskError, with nothing torn.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,20 +20,24 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from online_po.errors import LedgerError
+from online_po import seals
+from online_po.errors import DamagedError, DiskError, first_line
 from online_po.fail_points import fail_point
 
 TMP = ".tmp"
 """Suffix of everything not yet whole; such leftovers are deleted when a run is opened."""
 PARALLEL_BYTES = 1 << 23
 """Hashing less than this takes no longer than starting threads for it."""
+FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "the disk quota is used up"}
+BROKEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN}
+"""Errors of a disk or file system; others are bugs of ours."""
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`; on a clean exit it becomes `path`, durably."""
     temporary = path.with_name(path.name + TMP)
-    with _explained(path):
+    with explained(path):
         _make_folder(path.parent)
         try:
             yield temporary
@@ -50,7 +58,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """The same for a whole folder."""
     temporary = path.with_name(path.name + TMP)
     shutil.rmtree(temporary, ignore_errors=True)
-    with _explained(path):
+    with explained(path):
         try:
             _make_folder(temporary)
             yield temporary
@@ -72,18 +80,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def remove_folder(path: Path) -> None:
     """Removes a folder so that a kill in the middle leaves nothing that looks like it."""
-    if path.exists():
-        doomed = path.with_name(path.name + ".removed" + TMP)
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(path, doomed)
-        fail_point("remove.renamed", path)
-        shutil.rmtree(doomed, ignore_errors=True)
-        fail_point("remove.done", path)
+    with explained(path):
+        if path.exists():
+            doomed = path.with_name(path.name + ".removed" + TMP)
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(path, doomed)
+            fail_point("remove.renamed", path)
+            shutil.rmtree(doomed, ignore_errors=True)
+            fail_point("remove.done", path)
 
 
 def move_folder(path: Path, to: Path) -> None:
     """Renames a folder, durably; the one it goes into is made."""
-    with _explained(to):
+    with explained(to):
         _make_folder(to.parent)
         os.replace(path, to)
         fail_point("move.renamed", path)
@@ -103,20 +112,32 @@ def _make_folder(path: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turns a full disk or a folder that cannot be written into a LedgerError; other errors pass."""
+def explained(path: Path) -> Iterator[None]:
+    """Turns a full disk, or one that cannot be written or read, into a DiskError; other errors pass."""
     try:
         yield
+    except DiskError:
+        raise
     except Exception as error:
-        # Writers in other processes and in Rust lose the number of the error, but not its text.
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            raise LedgerError(
-                f"no space left for {str(path)!r}; what was finished is kept: free some space, or lower "
+        number = _error_number(error)
+        if number in FULL:
+            raise DiskError(
+                f"{FULL[number]} for {str(path)!r}; what was finished is kept: free some space, or lower "
                 "checkpoint.keep, and run the config again"
             ) from error
-        if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise LedgerError(f"{str(path)!r} cannot be written ({error}); mend that and resume") from error
+        if number in BROKEN:
+            raise DiskError(
+                f"{str(path)!r} cannot be written or read ({first_line(error)}); what was finished is kept: mend that "
+                "and resume"
+            ) from error
         raise
+
+
+def _error_number(error: Exception) -> int | None:
+    """The number of an operating system's error. Writers in other processes and in Rust lose it, but not its text."""
+    if (number := getattr(error, "errno", None)) is not None:
+        return number if isinstance(number, int) else None
+    return next((number for number in (*FULL, *BROKEN) if os.strerror(number) in str(error)), None)
 
 
 def _fsync(path: Path) -> None:
@@ -132,16 +153,59 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """With its hash as the last key."""
+    text = json.dumps(value | {seals.KEY: seals.BLANK}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, seals.seal_text(text, seals.JSON_MARK))
 
 
-def read_json(path: Path) -> Any:
-    """Raises LedgerError, naming the file, if it is no JSON."""
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote. Raises DamagedError, naming the file, if it is not as it was written."""
+    value = json.loads(_sealed(path, seals.JSON_MARK))
+    del value[seals.KEY]
+    return value
+
+
+def parse_json(path: Path) -> Any:
+    """The content of a JSON file whose hash does not hold, for what can be said of it; None where it is no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LedgerError(f"{str(path)!r} is damaged: {error}") from error
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
+
+
+def write_json_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """One row a line; the last one has the file's hash as its last key."""
+    rows = [*rows[:-1], rows[-1] | {seals.KEY: seals.BLANK}]
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    write_text(path, seals.seal_text(text, seals.JSON_MARK))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """What `write_json_lines` wrote. Raises DamagedError."""
+    rows = [json.loads(line) for line in _sealed(path, seals.JSON_MARK).split("\n")[:-1]]
+    del rows[-1][seals.KEY]
+    return rows
+
+
+def write_yaml(path: Path, text: str) -> None:
+    """A YAML text, with its hash as a comment in the last line."""
+    mark = seals.YAML_MARK.decode()
+    write_text(path, seals.seal_text(f"{text}{mark}{seals.BLANK}\n", seals.YAML_MARK))
+
+
+def read_yaml(path: Path) -> str:
+    """The text that `write_yaml` was given. Raises DamagedError."""
+    text = _sealed(path, seals.YAML_MARK)
+    return text[: text.rindex(seals.YAML_MARK.decode())]
+
+
+def _sealed(path: Path, mark: bytes) -> str:
+    with explained(path):
+        data = path.read_bytes()
+    if not seals.text_holds(data, mark):
+        raise DamagedError(path)
+    return data.decode()
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
@@ -151,27 +215,33 @@ def write_parquet(path: Path, table: pa.Table) -> None:
 
 @contextmanager
 def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A writer whose file appears at `path` when the block ends; pages carry checksums."""
-    with (
-        atomic(path) as temporary,
-        pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer,
-    ):
-        yield writer
+    """A writer whose file appears at `path` when the block ends, with its hash in its metadata."""
+    with atomic(path) as temporary:
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            yield writer
+            writer.add_key_value_metadata({seals.KEY: seals.BLANK})
+        seals.seal_parquet(temporary)
 
 
 def read_parquet(path: Path) -> pa.Table:
-    """Reads with every page's checksum verified; raises OSError or pa.ArrowInvalid on damage."""
+    """What `parquet_writer` wrote. Raises DamagedError, or FileNotFoundError."""
+    require_whole(path)
     # One thread: most of a run's files are small, and a pool costs more than it saves on them.
-    return pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False).read(use_threads=False)
+    return pq.ParquetFile(path, pre_buffer=False).read(use_threads=False)
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a parquet file reads back, every page's checksum included."""
-    try:
-        read_parquet(path)
-    except (OSError, pa.ArrowException):
-        return False
-    return True
+    """Whether a parquet, JSON, JSON Lines or YAML file of a run is as it was written."""
+    with explained(path):
+        if path.suffix == ".parquet":
+            return seals.parquet_holds(path)
+        return seals.text_holds(path.read_bytes(), seals.YAML_MARK if path.suffix == ".yaml" else seals.JSON_MARK)
+
+
+def require_whole(path: Path) -> None:
+    """Raises DamagedError unless the file is as it was written; FileNotFoundError where there is none."""
+    if not is_whole(path):
+        raise DamagedError(path)
 
 
 def sha256(paths: list[Path]) -> list[str]:

@@ -24,7 +24,8 @@ def findings(view: RunView) -> list[str]:
 def roll_backs(view: RunView) -> list[str]:
     """One sentence for each time the run went back, oldest first."""
     return [
-        f"went back from round {record['from']} to round {record['to']}, guard {record['guard']}: {record['message']}"
+        f"went back from round {record['from']} to round {record['to']}, "
+        f"{'by hand' if record['guard'] is None else 'guard ' + record['guard']}: {record['message']}"
         for record in view.roll_backs
     ]
 

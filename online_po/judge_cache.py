@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -13,12 +15,16 @@ from urllib.parse import quote
 
 import numpy as np
 
-from online_po.errors import LedgerError
+from online_po import files
+from online_po.errors import DamagedError, LedgerError
 
 CACHE = "judge_cache.sqlite"
 """Its name in a run folder."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x6F704A43  # "opJC": tells our files from other people's
+SEAL, OPEN = b"online-po seal ", b"0" * 64
+"""The file holds, once, the hash of itself with zeros (`OPEN`) in the hash's place; while it is in use, or where its
+users were killed, the zeros themselves."""
 BUSY_TIMEOUT_S = 60.0
 """How long one process waits while another writes."""
 
@@ -32,7 +38,8 @@ CREATE TABLE answers (
     prompt_tokens INTEGER NOT NULL,
     response_tokens INTEGER NOT NULL,
     cost REAL NOT NULL,
-    cut INTEGER NOT NULL
+    cut INTEGER NOT NULL,
+    crc INTEGER NOT NULL         -- of all else in the row
 );
 CREATE TABLE calls (             -- one row an attempt
     id INTEGER PRIMARY KEY,
@@ -60,6 +67,7 @@ CREATE TABLE hits (
     count INTEGER NOT NULL,
     PRIMARY KEY (round, judge)
 );
+CREATE TABLE seal (hash TEXT NOT NULL)
 """
 
 
@@ -95,6 +103,45 @@ def require_ours(connection: sqlite3.Connection, path: Path) -> None:
             f"{str(path)!r} was written with judge cache schema {version}, this version reads {SCHEMA_VERSION}; use "
             "the version of online-po that wrote it, or move the file away: all in it is then asked, and paid, again"
         )
+
+
+def require_whole(path: Path) -> None:
+    """Raises DamagedError for a file that is not as its last user left it. Nothing is said of one that is in use, whose
+    users were killed, or that is none of ours."""
+    if not path.exists():
+        return
+    with files.explained(path):
+        data = path.read_bytes()
+    ours = data[60:64] == SCHEMA_VERSION.to_bytes(4, "big") and data[68:72] == APPLICATION_ID.to_bytes(4, "big")
+    at = _seal_place(data)
+    if (at is None and ours) or (at is not None and data[at : at + len(OPEN)] not in (OPEN, _digest(data, at))):
+        raise DamagedError(
+            path, f"{_NOT_AS_LEFT} (moved away: what was judged in finished parts is in the rounds' folders, all else "
+            "is then asked, and paid, again)"
+        )  # fmt: skip
+
+
+_NOT_AS_LEFT = "its hash is not the one it was written with"
+
+
+def seal(path: Path) -> None:
+    """Puts the hash into a file that nobody has open any more."""
+    data = path.read_bytes()
+    at = _seal_place(data)
+    if at is not None:
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(_digest(data, at))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _seal_place(data: bytes) -> int | None:
+    return None if data.count(SEAL) != 1 else data.index(SEAL) + len(SEAL)
+
+
+def _digest(data: bytes, at: int) -> bytes:
+    return hashlib.sha256(data[:at] + OPEN + data[at + len(OPEN) :]).hexdigest().encode()
 
 
 def explain(error: sqlite3.Error, path: Path) -> LedgerError:

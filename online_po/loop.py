@@ -12,7 +12,7 @@ from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 from online_po.config import Config
-from online_po.errors import ConfigError, LearnerLostError, LedgerError, NonFiniteError, SyncError
+from online_po.errors import ConfigError, LearnerLostError, LedgerError, NonFiniteError
 from online_po.evaluation import early_stop
 from online_po.fail_points import fail_point
 from online_po.guards import Finding
@@ -22,7 +22,8 @@ from online_po.ledger import Ledger
 from online_po.parts import Parts
 from online_po.retention import Retention, heldout_scores
 from online_po.roll_back import RollBack, act, go_back, load_round, unsettled
-from online_po.round import probe_of, sample_round, train_round
+from online_po.room import require_room
+from online_po.round import probe_gap, probe_of, require_probe, sample_round, train_round
 from online_po.types import Reference
 
 T = TypeVar("T")
@@ -31,22 +32,20 @@ PROBE_TOKENS = 128
 PROBE_CANDIDATES = 256
 """The probe is the longest of so many first prompts, cut to its last `PROBE_TOKENS` tokens."""
 
-START_TOLERANCE = 0.02
-"""How far a probe token's log-probability may be off, in nats, on another machine but with the same weights."""
-
 
 def run_rounds(parts: Parts) -> list[dict[str, Any]]:
     """Runs every round the ledger does not hold yet; returns the evaluation summaries, oldest first.
 
     The generators prove what they hold before they sample: at the start, after each commit, after a
-    resume. Raises what the parts raise, and GuardError where a guard ends the run; the ledger then holds all
-    that was finished.
+    resume. Raises what the parts raise, GuardError where a guard ends the run, Interrupted where it was asked to stop;
+    the ledger then holds all that was finished.
     """
     last = _restore(parts)
     # A judge that is the policy can be asked only now; others were tried before the engines started.
     if parts.known and parts.ledger.judge_trial(0) is None:
         try_judge(parts.judges, parts.config.judge, parts.known, parts.ledger, parts.observer)
     holder, retention = _WeightHolder(parts), Retention(parts.config, parts.ledger)
+    parts.stop.working = True
     try:
         while True:
             sampling: dict[int, Future[None]] = {}
@@ -61,6 +60,7 @@ def run_rounds(parts: Parts) -> list[dict[str, Any]]:
                 fail_point("roll_back.loaded")
                 retention.forget()
     finally:
+        parts.stop.working = False
         parts.stopping.set()
         parts.sampler.shutdown(wait=False, cancel_futures=True)
     return evaluations(parts.ledger)
@@ -85,6 +85,8 @@ def _run_after(
         version = max(0, round_ - 1 - staleness)
         if round_ > last_round(config, ledger):
             return
+        parts.stop.check()
+        require_room(ledger, round_, parts.expected)
         holder.take(version, round_)
         # What is wrong with the policy is acted on when the round's turn comes, whenever it was sampled.
         if round_ <= last_round(config, ledger) and not unsettled(ledger, ledger.evaluation_summary(version)):
@@ -100,11 +102,13 @@ def _run_after(
         act(ledger, ledger.evaluation_summary(max(0, round_ - 1 - staleness)), round_ - 1)
         if round_ > last_round(config, ledger):
             break
+        parts.stop.check()
         _train(parts, round_)
         settle(round_)
     for version in range(rounds + 1):
         if (stopped := early_stop_version(config, ledger)) is not None and version > stopped:
             break
+        parts.stop.check()
         parts.sampler.submit(holder.evaluate, version, rounds + 1).result()
         act(ledger, ledger.evaluation_summary(version), last_round(config, ledger))
     if (stopped := early_stop_version(config, ledger)) is not None:
@@ -132,11 +136,8 @@ def _with_learner(parts: Parts, held: int, work: Callable[[], T]) -> T:
             if lost is not None:
                 parts.learner.restart(lost)
                 load_round(parts, held)
-                if parts.ledger.commit_of(held) is not None and (gap := _gap(parts, held)) is not None:
-                    raise SyncError(
-                        f"the learner was started again and should hold policy {held}, but its log-probabilities of "
-                        f"the probe are off by up to {gap:.3g} nats; the weights did not arrive whole"
-                    )
+                if (commit := parts.ledger.commit_of(held)) is not None:
+                    require_probe(parts, commit.probe, f"the learner was started again to hold policy {held}")
             return work()
         except LearnerLostError as error:
             lost = error
@@ -185,21 +186,11 @@ def _restore(parts: Parts) -> int:
 
 def _require_same_start(parts: Parts) -> None:
     """Raises LedgerError unless the model that the learner was started with is the one the run was started from."""
-    if (gap := _gap(parts, 0)) is not None:
+    if (gap := probe_gap(parts, parts.ledger.committed(0).probe)) is not None:
         raise LedgerError(
             f"model.path: the weights there are not those the run was started from (log-probabilities differ by up to "
             f"{gap:.3g} nats); restore them, or start a new run"
         )
-
-
-def _gap(parts: Parts, version: int) -> float | None:
-    """By how much, in nats, the learner is off from what it said of the probe when a policy was committed; None where
-    that may be another machine's rounding."""
-    probe = parts.ledger.committed(version).probe
-    now = parts.learner.token_logps(probe.token_ids)
-    gap = max(abs(a - b) for a, b in zip(now, probe.token_logps, strict=True))
-    tolerance = START_TOLERANCE if parts.config.learner.compute_dtype == "float32" else 16 * START_TOLERANCE
-    return None if gap <= tolerance else gap  # a NaN is a gap
 
 
 def is_finished(config: Config, ledger: Ledger, evaluates: bool) -> bool:

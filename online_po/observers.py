@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -161,12 +162,28 @@ class PhaseTimer(Silent):
     def _write(self, line: dict[str, Any]) -> None:
         # A full disk is for the ledger to tell; telemetry must not hide what it says.
         with suppress(OSError):
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(timeline_line(line) + "\n")
             self._file.flush()
 
     def close(self) -> None:
         with suppress(OSError):
             self._file.close()
+
+
+def timeline_line(event: Mapping[str, Any]) -> str:
+    """A phase or a restart as a line of timeline.jsonl, with a checksum as its last key."""
+    text = json.dumps(event)
+    return f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}'
+
+
+def timeline_event(line: bytes) -> dict[str, Any] | None:
+    """The phase or the restart of a line; None where the line is not as it was written."""
+    try:
+        event: dict[str, Any] = json.loads(line)
+        del event["crc32"]
+        return event if timeline_line(event).encode() == line else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _end_last_line(path: Path) -> None:

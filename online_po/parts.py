@@ -18,7 +18,9 @@ from online_po.given import ResponseEncoder
 from online_po.ledger import Ledger
 from online_po.observers import PhaseTimer
 from online_po.protocols import Generator, JudgePool, Learner, Observer
+from online_po.room import RoundBytes
 from online_po.seed_pairs import PairRow
+from online_po.stopping import Stop
 from online_po.types import Prompt
 
 
@@ -43,6 +45,10 @@ class Parts:
     """Pairs of which the better response is known, to try the judge on."""
     encode: ResponseEncoder | None = None
     """Tokenises given responses, for pairs.strategy: spin."""
+    expected: RoundBytes = field(default_factory=RoundBytes)
+    """What a round takes on the disk, as far as it is known before the first one."""
+    stop: Stop = field(default_factory=Stop)
+    """Asked to stop, the run ends between two pieces of work."""
     stopping: threading.Event = field(default_factory=threading.Event)
     """Set when the run ends, for good or ill: sampling hands out no more work."""
     sampler: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="sampler"))

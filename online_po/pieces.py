@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from online_po import files
-from online_po.errors import LedgerError, first_line
-from online_po.step_checkpoints import STEPS, StepPlan, newest_whole
+from online_po.errors import LedgerError
+from online_po.step_checkpoints import STEPS, TRAINED, StepPlan, Trained, newest_whole
 from online_po.tables import (
     PROMPT_SCHEMA,
     RESPONSE_LOGP_SCHEMA,
@@ -31,6 +32,8 @@ from online_po.types import Group, Judgement, Prompt
 LogpKind = Literal["reference", "start"]
 ExampleKind = Literal["pairs", "labels"]
 EXAMPLE_NOTES = b"notes"
+WRITTEN_BY_SAVE = ("policy", "trainer")
+"""Folders of a round that the learner saves."""
 
 
 class ExamplesWriter:
@@ -71,8 +74,7 @@ class Pieces:
 
     def cursor(self, round_: int) -> dict[str, Any]:
         """The prompt cursor's state after drawing the round's prompts."""
-        metadata = pq.read_schema(self.round_dir(round_) / "prompts.parquet").metadata
-        return json.loads(metadata[b"cursor"])
+        return json.loads(self._metadata(self.round_dir(round_) / "prompts.parquet")[b"cursor"])
 
     def write_responses(self, round_: int, part: int, groups: Sequence[Group]) -> None:
         files.write_parquet(self._part(round_, "responses", part), responses_to_table(groups))
@@ -115,8 +117,7 @@ class Pieces:
 
     def example_notes(self, round_: int, kind: ExampleKind) -> dict[str, Any]:
         """What the round's builder noted in the file's footer."""
-        metadata = pq.read_metadata(self.round_dir(round_) / f"{kind}.parquet").metadata
-        return json.loads(metadata[EXAMPLE_NOTES])
+        return json.loads(self._metadata(self.round_dir(round_) / f"{kind}.parquet")[EXAMPLE_NOTES])
 
     def pairs(self, round_: int) -> pa.Table:
         return self.examples(round_, "pairs")
@@ -141,7 +142,7 @@ class Pieces:
     def logp_notes(self, round_: int, kind: LogpKind) -> dict[str, Any]:
         """What `write_logps` was told; empty where there are no such logps."""
         path = self.round_dir(round_) / f"{kind}_logps.parquet"
-        return json.loads(pq.read_schema(path).metadata[b"notes"]) if path.exists() else {}
+        return json.loads(self._metadata(path)[b"notes"]) if path.exists() else {}
 
     def logps(self, round_: int, kind: LogpKind) -> dict[str, Any] | None:
         """{side: (N,) float32}, one row an example; None if not computed yet."""
@@ -155,6 +156,12 @@ class Pieces:
         """What the round's update goes on from, and writes. Step checkpoints that are damaged are named to `tell` and
         deleted; the one before them is taken."""
         folder = self.round_dir(round_).absolute() / STEPS
+        if (record := self._trained(round_)) is not None:
+            if self.weight_hashes(round_, WRITTEN_BY_SAVE) == record["files"]:
+                tell(f"round {round_} was trained and saved already")
+                return StepPlan(folder=folder, every=every, trained=Trained(**record["trained"]))
+            tell(f"the weights that round {round_} saved are not as they were written: it is trained again")
+            (folder / TRAINED).unlink()
         found, damaged = newest_whole(folder)
         for path, fault in damaged.items():
             tell(f"step checkpoint {str(path)!r} is damaged, and is left out: {fault}")
@@ -163,13 +170,28 @@ class Pieces:
             tell(f"round {round_} trains on " + (f"after step {found.step}" if found else "from its first step"))
         return StepPlan(folder=folder, every=every, after=found)
 
+    def write_trained(self, round_: int, trained: Trained) -> None:
+        """Once the round's weights are saved: a start after this trains it no more."""
+        record = {"trained": asdict(trained), "files": self.weight_hashes(round_, WRITTEN_BY_SAVE)}
+        files.write_json(self.round_dir(round_) / STEPS / TRAINED, record)
+
+    def _trained(self, round_: int) -> dict[str, Any] | None:
+        path = self.round_dir(round_) / STEPS / TRAINED
+        return files.read_json(path) if path.exists() and files.is_whole(path) else None
+
+    def weight_hashes(self, round_: int, folders: Sequence[str]) -> dict[str, str]:
+        """Path in the round's folder -> sha256, of all files in these folders of it."""
+        root = self.round_dir(round_)
+        paths = [path for name in folders for path in sorted((root / name).rglob("*")) if path.is_file()]
+        with files.explained(root):
+            return dict(zip((str(path.relative_to(root)) for path in paths), files.sha256(paths), strict=True))
+
     def write_metrics(self, round_: int, rows: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        files.write_text(self.round_dir(round_) / "metrics.jsonl", text)
+        files.write_json_lines(self.round_dir(round_) / "metrics.jsonl", rows)
 
     def round_row(self, round_: int) -> dict[str, Any]:
         """The round's own row of its metrics: the last one."""
-        return json.loads((self.round_dir(round_) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        return files.read_json_lines(self.round_dir(round_) / "metrics.jsonl")[-1]
 
     def write_evaluation(self, round_: int, table: pa.Table, summary: dict[str, Any]) -> None:
         """eval.parquet, then eval.json, which makes the evaluation count."""
@@ -198,11 +220,19 @@ class Pieces:
         return self.round_dir(round_) / kind / f"part-{part:05d}.parquet"
 
     def _read(self, path: Path) -> pa.Table:
-        try:
+        with _there(path):
             return files.read_parquet(path)
-        except FileNotFoundError as error:
-            raise LedgerError(f"{str(path)!r} is missing; restore it from a copy of the run folder") from error
-        except (OSError, pa.ArrowException) as error:  # Arrow raises OSError for a wrong checksum
-            raise LedgerError(
-                f"{str(path)!r} is damaged ({first_line(error)}); restore it from a copy of the run folder"
-            ) from error
+
+    def _metadata(self, path: Path) -> dict[bytes, bytes]:
+        """A parquet file's metadata, the schema's included."""
+        with _there(path):
+            files.require_whole(path)
+            return pq.read_metadata(path).metadata
+
+
+@contextmanager
+def _there(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise LedgerError(f"{str(path)!r} is missing; restore it from a copy of the run folder") from error

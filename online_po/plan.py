@@ -26,6 +26,7 @@ from online_po.memory import memory
 from online_po.model_config import find_model, kv_numbers_per_token, load_tokenizer, read_model_config
 from online_po.model_content import count_weights
 from online_po.prompts import PromptSet, load_prompts
+from online_po.room import RoundBytes
 from online_po.seed_pairs import PairRow, SeedPairs, load_seed_pairs, require_scores
 from online_po.step_checkpoints import KEPT
 
@@ -61,6 +62,7 @@ class Plan:
     encode: ResponseEncoder | None
     """Tokenises given responses, where the config has such."""
     shape: ModelShape
+    need: Estimate
     figures: dict[str, str]
     """Label -> estimate, for people: rounds, tokens, steps, memory, disk."""
     warnings: list[str]
@@ -126,6 +128,7 @@ def make_plan(config: Config, on_progress: Callable[[int, int], None] | None = N
         known=known,
         encode=encode,
         shape=shape,
+        need=need,
         figures=_figures(config, shape, need, train, heldout, seed_pairs),
         warnings=[
             *_resource_warnings(config, need),
@@ -261,6 +264,8 @@ class Estimate:
     """Memory of one judge process for its models."""
     disk: float
     """The run folder at its largest."""
+    round: RoundBytes
+    """What one round takes on the disk."""
     examples: int
     """Most pairs, or labelled responses, a round can give."""
     steps: int
@@ -296,6 +301,7 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
         generator=shape.parameters * BYTES[engine_dtype(config)] / generator.tensor_parallel + cache,
         judge=_judge_memory(config),
         disk=kept * saved + (KEPT + 1) * stepwise + references * saved / 3 + data,
+        round=RoundBytes(weights=saved + (saved // 3 if kind == "ema" else 0), data=data // loop.rounds),
         examples=examples,
         steps=math.ceil(examples / learner.global_batch_size) * learner.epochs,
     )

@@ -54,6 +54,7 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, setting: str = "mode
             attn_implementation=config.attention,
             output_loading_info=True,
             trust_remote_code=False,
+            use_safetensors=True,
         )
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])

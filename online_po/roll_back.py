@@ -9,6 +9,7 @@ from online_po.errors import GuardError, NonFiniteError
 from online_po.evaluation import best_version
 from online_po.fail_points import fail_point
 from online_po.guards import Finding
+from online_po.integrity import needed_weights
 from online_po.ledger import Ledger
 from online_po.parts import Parts
 from online_po.retention import heldout_scores
@@ -74,12 +75,8 @@ def last_good_round(ledger: Ledger, finding: Finding) -> int | None:
 
 
 def _can_go_on(ledger: Ledger, round_: int) -> bool:
-    """Whether the round's weights, its reference and the policies that sample the rounds after it are kept."""
-    staleness = ledger.config().loop.max_staleness
-    reference = ledger.committed(round_).reference
-    needed = {(reference.round, reference.folder), (round_, "trainer")}
-    needed |= {(version, "policy") for version in range(round_ - staleness, round_ + 1)}
-    return all((ledger.round_dir(version) / name).exists() for version, name in needed if version > 0)
+    """Whether all weights that it takes to go on from the round are kept."""
+    return all((ledger.round_dir(version) / name).exists() for version, name in needed_weights(ledger, round_))
 
 
 def go_back(parts: Parts, wanted: RollBack) -> int:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 
 from online_po.anchors import make_anchors, sampler_logps
 from online_po.betas import drifted, next_scale, round_betas
 from online_po.config import Config
 from online_po.cursor import PromptCursor
+from online_po.errors import SyncError
 from online_po.examples import count_examples, make_examples
 from online_po.fail_points import fail_point
 from online_po.guards import round_findings, rows_needed
@@ -25,9 +27,14 @@ from online_po.metrics import likelihood_shift, round_means
 from online_po.parts import Parts
 from online_po.protocols import Learner
 from online_po.reference import renew_reference
+from online_po.room import require_room
 from online_po.seeds import stable_seed
+from online_po.step_checkpoints import StepPlan, Trained
 from online_po.tables import PromptRows, prompts_to_table
-from online_po.types import Group, Probe, Prompt, Request
+from online_po.types import Group, Policy, Probe, Prompt, Request
+
+PROBE_TOLERANCE = 0.02
+"""How far a probe token's log-probability may be off, in nats, on another machine but with the same weights."""
 
 # -- sampling: prompts, generate, judge ------------------------------------------------------------
 
@@ -53,6 +60,8 @@ def sample_round(parts: Parts, round_: int) -> None:
     def missing() -> Iterator[tuple[int, list[Request]]]:
         for part in numbers:
             parts.require_going_on()
+            if parts.stop.asked:  # what is under way is finished, and judged
+                return
             if part not in made:
                 yield part, [request(parts.config, p, "sample", round_, attempt) for p in chunk(part)]
 
@@ -108,19 +117,33 @@ def train_round(parts: Parts, round_: int) -> None:
     config, ledger, observer = parts.config, parts.ledger, parts.observer
     before = ledger.committed(round_ - 1)
     held, betas = before.reference, round_betas(config.loss, round_, before.beta_scale)
+    is_adapter = config.learner.lora is not None
     with parts.phase("pair", round_):
         examples, sampled = make_examples(parts, round_, draw_prompts(parts, round_), held)
+    parts.stop.check()
     with parts.phase("reference", round_):
         anchors = make_anchors(parts, round_, examples, held)
+    parts.stop.check()
     with parts.phase("learn", round_):
         moved = round_ > 1 and held != ledger.committed(round_ - 2).reference
         plan = ledger.step_plan(round_, config.checkpoint.every_steps, observer.message)
-        made = parts.learner.update(round_, examples, anchors.reference, anchors.start, betas, moved, plan)
-        steps = list(told(parts, round_, chain(plan.metrics, made)))
+        made: Iterable[dict[str, float]] = ()
+        if plan.trained is None:
+            made = parts.learner.update(round_, examples, anchors.reference, anchors.start, betas, moved, plan)
+        steps = list(told(parts, round_, plan, chain(plan.metrics, made)))
     kl = anchors.sampling_kl(examples)
     with parts.phase("save", round_):
-        with ledger.weights(round_) as (policy_dir, trainer_dir):
-            parts.learner.save(round_, policy_dir, trainer_dir)
+        if plan.trained is None:
+            require_room(ledger, round_, parts.expected, weights_only=True)
+            with ledger.weights(round_) as (policy_dir, trainer_dir):
+                parts.learner.save(round_, policy_dir, trainer_dir)
+            probe = probe_of(parts.learner, ledger.committed(0).probe.token_ids)
+            ledger.write_trained(round_, Trained(steps=steps, token_logps=list(probe.token_logps)))
+        else:
+            saved = Policy(version=round_, path=ledger.round_dir(round_) / "policy", is_adapter=is_adapter)
+            parts.learner.load(saved, ledger.round_dir(round_) / "trainer")
+            probe = replace(ledger.committed(0).probe, token_logps=tuple(plan.trained.token_logps))
+            require_probe(parts, probe, f"the learner loaded policy {round_}, which was saved before it was stopped")
         reference = renew_reference(parts, round_, held, kl.get("kl_reference"))
     with parts.phase("commit", round_):
         rows = [{"kind": "step", "round": round_, "step": i, **metrics} for i, metrics in enumerate(steps, 1)]
@@ -149,17 +172,19 @@ def train_round(parts: Parts, round_: int) -> None:
         ledger.write_metrics(round_, [*rows, summary])
         ledger.commit(
             round_,
-            is_adapter=config.learner.lora is not None,
+            is_adapter=is_adapter,
             reference=reference,
-            probe=probe_of(parts.learner, ledger.committed(0).probe.token_ids),
+            probe=probe,
             beta_scale=beta_scale,
         )
     observer.round(summary)
 
 
-def told(parts: Parts, round_: int, steps: Iterable[dict[str, float]]) -> Iterator[dict[str, float]]:
-    """The steps' metrics, each told as it comes."""
+def told(parts: Parts, round_: int, plan: StepPlan, steps: Iterable[dict[str, float]]) -> Iterator[dict[str, float]]:
+    """The steps' metrics, each told as it comes. Where the run is asked to stop, it does once the next step checkpoint
+    is whole; without one, after the commit."""
     configured = held = float(parts.config.learner.micro_batch_tokens)
+    awaited: int | None = None
     for step, metrics in enumerate(steps, 1):
         parts.observer.step(round_, metrics)
         if (now := metrics.get("micro_batch_tokens", configured)) != held:
@@ -168,6 +193,28 @@ def told(parts: Parts, round_: int, steps: Iterable[dict[str, float]]) -> Iterat
             held = now
         fail_point("learn.step")
         yield metrics
+        if plan.every is not None and parts.stop.asked:
+            awaited = awaited or -(-step // plan.every) * plan.every
+            if plan.is_written(awaited):
+                parts.stop.check()
+
+
+def require_probe(parts: Parts, probe: Probe, what: str) -> None:
+    """Raises SyncError unless the learner says of the probe what it said before. `what`: what it did, for people."""
+    if (gap := probe_gap(parts, probe)) is not None:
+        raise SyncError(
+            f"{what}, but its log-probabilities of the probe are off by up to {gap:.3g} nats; the weights did not "
+            "arrive whole"
+        )
+
+
+def probe_gap(parts: Parts, probe: Probe) -> float | None:
+    """By how much, in nats, the learner is off from what it said of the probe before; None where that may be another
+    machine's rounding."""
+    now = parts.learner.token_logps(probe.token_ids)
+    gap = max(abs(a - b) for a, b in zip(now, probe.token_logps, strict=True))
+    tolerance = PROBE_TOLERANCE if parts.config.learner.compute_dtype == "float32" else 16 * PROBE_TOLERANCE
+    return None if gap <= tolerance else gap  # a NaN is a gap
 
 
 def probe_of(learner: Learner, token_ids: Sequence[int]) -> Probe:

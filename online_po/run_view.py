@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from online_po import files
+from online_po.errors import DamagedError
 from online_po.evaluation import best_version, early_stop
+from online_po.observers import timeline_event
 
 USEFUL_PHASES = ("generate", "judge", "reference", "learn", "evaluate")
 """Phases that are the work itself; everything else of a run's time is overhead."""
@@ -137,28 +139,30 @@ def example_count(summary: Mapping[str, Any]) -> int | None:
 
 
 def load_run_view(folder: Path) -> RunView:
-    """Reads a run folder. What is not there yet is left out; a last line cut short by a crash is skipped."""
-    config_text = (folder / "config.yaml").read_text(encoding="utf-8")
-    timeline = list(_json_lines(folder / "timeline.jsonl"))
+    """Reads a run folder. What is not there yet is left out; a last line cut short by a crash is skipped. Raises
+    DamagedError for a file that is not as it was written."""
+    config_text = files.read_yaml(folder / "config.yaml")
+    timeline = read_timeline(folder / "timeline.jsonl")
     return RunView(
         folder=folder,
         config_text=config_text,
         config=yaml.safe_load(config_text),
-        info=json.loads((folder / "run.json").read_text(encoding="utf-8")),
+        info=files.read_json(folder / "run.json"),
         rounds=[_load_round(path) for path in sorted((folder / "rounds").glob("[0-9]*")) if path.name.isdigit()],
         phases=[line for line in timeline if "phase" in line],
         restarts=[line for line in timeline if "restart" in line],
-        roll_backs=_json_list(folder / "roll_backs.json"),
-        guard_stops=_json_list(folder / "guard_stops.json"),
+        roll_backs=_acts(folder / "roll_backs.json"),
+        guard_stops=_acts(folder / "guard_stops.json"),
     )
 
 
-def _json_list(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+def _acts(path: Path) -> list[dict[str, Any]]:
+    return files.read_json(path)["acts"] if path.exists() else []
 
 
 def _load_round(folder: Path) -> RoundView:
-    rows = list(_json_lines(folder / "metrics.jsonl"))
+    metrics = folder / "metrics.jsonl"
+    rows = files.read_json_lines(metrics) if metrics.exists() else []
     evaluation, trial = folder / "eval.json", folder / "judge_trial.json"
     return RoundView(
         number=int(folder.name),
@@ -166,17 +170,23 @@ def _load_round(folder: Path) -> RoundView:
         committed=(folder / "COMMIT.json").exists(),
         steps=[row for row in rows if row["kind"] == "step"],
         summary=next((row for row in rows if row["kind"] == "round"), {}),
-        evaluation=json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.exists() else None,
-        judge_trial=json.loads(trial.read_text(encoding="utf-8")) if trial.exists() else None,
+        evaluation=files.read_json(evaluation) if evaluation.exists() else None,
+        judge_trial=files.read_json(trial) if trial.exists() else None,
     )
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_timeline(path: Path) -> list[dict[str, Any]]:
+    """The phases and restarts in timeline.jsonl, each line with a checksum; a last line that a crash cut is skipped."""
     if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
+    events = []
+    for number, line in enumerate(lines, 1):
+        event = timeline_event(line)
+        if event is None:
+            raise DamagedError(path, f"line {number} is not as it was written (deleted, only times are lost)")
+        events.append(event)
+    return events
 
 
 # -- the verdict -----------------------------------------------------------------------------------
@@ -370,6 +380,7 @@ def sample_labels(folder: Path, count: int, seed: int) -> list[dict[str, Any]]:
 def _sample(path: Path, columns: Sequence[str], count: int, seed: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
+    files.require_whole(path)
     file = pq.ParquetFile(path)
     total = file.metadata.num_rows
     wanted = sorted(random.Random(seed).sample(range(total), min(count, total)))
@@ -396,5 +407,6 @@ def sample_comparisons(start: Path, last: Path, count: int, seed: int) -> list[d
 
 
 def _first_responses(path: Path) -> dict[str, dict[str, Any]]:
+    files.require_whole(path)
     rows: Sequence[dict[str, Any]] = pq.read_table(path, filters=[("index", "=", 0)]).to_pylist()
     return {row["prompt_id"]: row for row in rows if row["score"] is not None}

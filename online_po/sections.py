@@ -37,6 +37,12 @@ class RunConfig(Section):
     dir: LocalPath = Field("runs", description="Folder that holds run folders.")
     seed: int = Field(0, ge=0, description="All randomness of the run comes from this number.")
     tensorboard: bool = Field(True, description="Also write metrics as TensorBoard events.")
+    grace_s: float = Field(
+        20.0,
+        ge=0,
+        description="Seconds that a signal to stop (Ctrl-C, SIGTERM, SIGUSR1) leaves for finishing what is being made; "
+        "a second signal ends the run at once. Below what the scheduler leaves before it kills.",
+    )
 
 
 class ModelConfig(Section):

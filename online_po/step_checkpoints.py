@@ -2,12 +2,12 @@
 
 rounds/R/steps/NNNNNN/ is the state after optimizer step N of round R: the learner's own files, metrics.json (of steps 1
 to N), and CHECKPOINT.json with the hashes of the others. Each appears whole or not at all, written by a thread while
-the learner goes on. The newest `KEPT` stay while the round trains; none does once it is committed. Without torch.
+the learner goes on. The newest `KEPT` stay while the round trains. rounds/R/steps/trained.json says that the round's
+last step was made and its weights were saved. None of it stays once the round is committed. Without torch.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +22,8 @@ STEPS = "steps"
 """The folder in a round's."""
 MANIFEST = "CHECKPOINT.json"
 METRICS = "metrics.json"
+TRAINED = "trained.json"
+"""A `Trained`, and {path in the round's folder: hash} of the saved weights."""
 KEPT = 2
 """One more than is gone on from: the newest may turn out damaged."""
 
@@ -38,6 +40,16 @@ class StepCheckpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A round that is trained and saved, but not committed."""
+
+    steps: list[dict[str, float]]
+    """Metrics of all its steps."""
+    token_logps: list[float]
+    """What the learner said of the probe then."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepPlan:
     """What an update writes on its way, and what it goes on from."""
 
@@ -47,6 +59,12 @@ class StepPlan:
     """Steps from one checkpoint to the next; None writes none."""
     after: StepCheckpoint | None = None
     """Goes on after this one; None: from the round's first step."""
+    trained: Trained | None = None
+    """Where the round's weights are saved already, nothing is left to train."""
+
+    def is_written(self, step: int) -> bool:
+        """Whether the state after a step is there, whole."""
+        return (self.folder / f"{step:06d}").exists()
 
     @property
     def done(self) -> int:
@@ -55,7 +73,9 @@ class StepPlan:
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """Those steps' metrics."""
+        """Metrics of the steps that are not made again."""
+        if self.trained is not None:
+            return self.trained.steps
         return [] if self.after is None else list(self.after.metrics)
 
     def is_due(self, step: int, steps: int) -> bool:
@@ -97,8 +117,8 @@ class StepWriter:
 def _write(folder: Path, step: int, metrics: list[dict[str, float]], write: Callable[[Path], None]) -> None:
     with files.atomic_folder(folder / f"{step:06d}") as path:
         write(path)
-        (path / METRICS).write_text(json.dumps(metrics), encoding="utf-8")
-        (path / MANIFEST).write_text(json.dumps(_record(path, step), indent=1) + "\n", encoding="utf-8")
+        files.write_json(path / METRICS, {"steps": metrics})
+        files.write_json(path / MANIFEST, _record(path, step))
     for old in _folders(folder)[:-KEPT]:
         files.remove_folder(old)
 
@@ -111,7 +131,7 @@ def newest_whole(folder: Path) -> tuple[StepCheckpoint | None, dict[Path, str]]:
         step = int(path.name)
         try:
             if files.read_json(path / MANIFEST) == _record(path, step):
-                return StepCheckpoint(step=step, folder=path, metrics=files.read_json(path / METRICS)), damaged
+                return StepCheckpoint(step=step, folder=path, metrics=files.read_json(path / METRICS)["steps"]), damaged
             damaged[path] = f"its files are not those that {MANIFEST} lists"
         except (LedgerError, OSError) as error:
             damaged[path] = str(error)

@@ -123,8 +123,7 @@ class Chaos:
         damaged = any(kill.damage for kill in trial.kills)
         for kill, then in whole_then:
             count_pieces(kill, then, at_end)
-            committed = {name.rpartition("/")[0] for name in then if name.endswith("COMMIT.json")}
-            wasted = [name for name in kill.redone if not may_be_remade(name, committed)]
+            wasted = [name for name in kill.redone if not may_be_remade(name, then)]
             if wasted and not damaged:
                 trial.wrong.append(f"{kill.row}: durable, but made again: {', '.join(wasted[:5])}")
         if not trial.wrong:

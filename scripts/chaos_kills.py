@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +15,8 @@ KILLS_A_RUN = 8
 """With --every-point."""
 ONLY_RESUMED = ("restore.loaded", "sweep.removed")
 """Points that a run comes to only where it was killed before."""
-REMADE = {"judge_trial.json", "metrics.jsonl", "eval.parquet", "policy", "trainer", "reference"}
-"""Made again while their round is not committed, although they were whole."""
+REMADE = {"judge_trial.json", "metrics.jsonl", "reference", "policy", "trainer"}
+"""Made again while their round is not committed, although they were whole; the last two until they are all saved."""
 
 
 @dataclass(kw_only=True)
@@ -133,13 +133,15 @@ def count_pieces(kill: Kill, then: dict[str, tuple[int, int]], at_end: dict[str,
     kill.redone = sorted(name for name, file in then.items() if file not in kept and name in at_end)
 
 
-def may_be_remade(name: str, committed: set[str]) -> bool:
-    """Whether a piece may be made again although it was whole."""
+def may_be_remade(name: str, then: Collection[str]) -> bool:
+    """Whether a piece may be made again although it was whole. `then`: what was whole at the kill."""
     path = Path(name)
     if path.name == "eval.parquet":  # eval.json makes it count
         return True
-    in_committed = any(name.startswith(f"{round_}/") for round_ in committed)
-    return not in_committed and bool(REMADE & {path.name, path.parent.name})
+    made, round_ = REMADE & {path.name, path.parent.name}, Path(*path.parts[:2])
+    if str(round_ / "steps" / "trained.json") in then:
+        made -= {"policy", "trainer"}
+    return bool(made) and str(round_ / "COMMIT.json") not in then
 
 
 def flip_a_byte(run: Path) -> None:

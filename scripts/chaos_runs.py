@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,6 +27,7 @@ from online_po.parts import Parts
 from online_po.plan import Plan
 from online_po.protocols import Observer
 from online_po.sections import SamplingConfig
+from online_po.stopping import Stop
 from online_po.types import Group, Policy, Probe, Request, SyncReport
 
 EngineName = Literal["fakes", "local", "transformers", "vllm"]
@@ -35,7 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     # Means of policies, all weights trained, a judge that is tried, a guard that stops and one that goes back.
     "guarded": {
         "loop": {"rounds": 4},
-        "checkpoint": {"keep": 2},
+        "checkpoint": {"keep": 2, "every_steps": 1},
         "reference": {"kind": "ema", "alpha": 0.5, "every": 2},
         "eval": {"every": 2},
         "guards": {"entropy": {"action": "stop"}, "nonfinite": {"action": "roll_back"}},
@@ -44,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     # Sampled ahead, adapters, a reference that is refreshed.
     "ahead": {
         "loop": {"rounds": 5, "max_staleness": 1},
-        "checkpoint": {"keep": 2},
+        "checkpoint": {"keep": 2, "every_steps": 1},
         "reference": {"kind": "refresh", "every": 2},
         "learner": {"lora": {"rank": 4}},
     },
@@ -104,9 +106,9 @@ def make_config(folder: Path, shape: str, engine: EngineName, model: Path) -> Co
 def run_here(config: Config, engine: EngineName) -> bool:
     """Runs a config, or the rest of it, in this process; False where a guard stopped it, and it is to be resumed."""
 
-    def run_with_parts(plan: Plan, ledger: Ledger, observer: Observer, timer: PhaseTimer) -> None:
+    def run_with_parts(plan: Plan, ledger: Ledger, observer: Observer, timer: PhaseTimer, stop: Stop) -> None:
         with ExitStack() as stack:
-            run_rounds(make_parts(plan, ledger, observer, timer, engine, stack))
+            run_rounds(replace(make_parts(plan, ledger, observer, timer, engine, stack), stop=stop))
 
     # What else `launch.run` does, from the plan to the report, is the real thing.
     setattr(launch, "_run_with_actors", run_with_parts)  # noqa: B010

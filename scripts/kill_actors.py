@@ -11,7 +11,6 @@ Prints a table; exits with 1 where anything of the final ledgers differs, or a r
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -30,6 +29,7 @@ import psutil
 import pyarrow.parquet as pq
 import yaml
 
+from compare_runs import compare_runs
 from make_tiny_model import make_tiny_model
 
 KINDS = {"generator": "GeneratorReplica", "judge": "_JudgeWorker", "learner": "_Rank"}
@@ -143,28 +143,6 @@ def kill_actors(run: subprocess.Popen[str], kills: int, seed: int) -> list[Kill]
     return made
 
 
-def contents(run: Path) -> dict[str, str]:
-    """Hashes of everything in the ledger's rounds that no clock is in: rows, weights, optimizer state, metrics."""
-    found = {}
-    for path in sorted(run.glob("rounds/**/*")):
-        name = str(path.relative_to(run))
-        if path.suffix == ".parquet":
-            data = repr(pq.read_table(path).to_pylist()).encode()
-        elif path.name == "metrics.jsonl":
-            data = repr([_timeless(json.loads(line)) for line in path.open()]).encode()
-        elif path.is_file() and path.name != "COMMIT.json":  # whose hashes are those of files with times in them
-            data = path.read_bytes()
-        else:
-            continue
-        found[name] = hashlib.sha256(data).hexdigest()
-    return found
-
-
-def _timeless(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of metrics without times, and without what judging cost: calls that were cut off cost something too."""
-    return {k: v for k, v in row.items() if "seconds" not in k and not k.startswith("judge_")}
-
-
 def responses(run: Path) -> Counter[tuple[str, str, int]]:
     """How often each response is there, by (round, prompt, index)."""
     found: Counter[tuple[str, str, int]] = Counter()
@@ -218,11 +196,12 @@ def main() -> int:
         runs[name] = config.parent / "run"
         print(f"{name}: {time.monotonic() - began:.0f} s, {len(kills)} kills", flush=True)
     print(table(kills, restarts(runs["killed"])))
-    whole, killed = contents(runs["whole"]), contents(runs["killed"])
-    wrong = sorted(name for name in whole.keys() | killed.keys() if whole.get(name) != killed.get(name))
+    wrong = compare_runs(runs["whole"], runs["killed"])
+    for difference in wrong:
+        print(difference)
     made = responses(runs["killed"])
     expected = responses(runs["whole"])
-    print(f"files compared: {len(whole)}, different: {len(wrong)} {wrong[:5]}")
+    print(f"files that differ: {len(wrong)}")
     print(f"responses: {len(made)} of {len(expected)}, more than once: {sum(n > 1 for n in made.values())}")
     return int(bool(wrong) or made != expected or set(made.values()) != {1})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from pathlib import Path
@@ -13,6 +12,7 @@ from online_po.config import Config
 from online_po.evaluation import summarise
 from online_po.example_configs import PairsConfig
 from online_po.metrics import SampleStats, round_means
+from online_po.observers import timeline_line
 from online_po.pairs import build_pairs
 from online_po.tables import PAIR_SCHEMA, evaluation_to_table, pairs_to_table
 from online_po.types import Group, JudgeFailure, Judgement, Prompt, Response
@@ -57,7 +57,7 @@ def make_run_folder(
             "generator": {"max_tokens": 64},
         }
     )
-    files.write_text(folder / "config.yaml", config.to_yaml())
+    files.write_yaml(folder / "config.yaml", config.to_yaml())
     info = {
         "schema_version": 1,
         "created": "2026-11-21T04:30:00Z",
@@ -104,7 +104,7 @@ class _Timeline:
     def phase(self, name: str, round_: int, seconds: float) -> float:
         line = {"phase": name, "round": round_, "start": self.now, "seconds": seconds}
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(timeline_line(line) + "\n")
         self.now += seconds + 0.05
         return seconds
 
@@ -144,7 +144,7 @@ def _train(
         "idle_seconds": 0.6,
     }
     lines = [{"kind": "step", "round": number, "step": i, **s} for i, s in enumerate(learned, 1)] + [summary]
-    files.write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    files.write_json_lines(folder / "metrics.jsonl", lines)
 
 
 def _step(rng: random.Random, number: int, step: int, steps: int) -> dict[str, float]:

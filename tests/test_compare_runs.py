@@ -120,7 +120,7 @@ def field(name: str, value: object):
         (ROUND / "judged.json", Path.unlink, "only in .*one"),
         (ROUND / "policy.tmp", Path.touch, "only in .*other"),
     ],
-    ids=str,
+    ids=lambda value: value.__qualname__ if callable(value) else str(value),
 )
 def test_a_difference_is_found_and_named(finished, other, name, change, what):
     change(other / name)

@@ -13,7 +13,7 @@ from rich.console import Console
 from online_po.console import ConsoleObserver, final_table, print_plan, print_result, print_status
 from online_po.ledger import Ledger
 from online_po.observers import CompositeObserver, PhaseTimer, Silent, TensorBoardObserver
-from online_po.run_view import load_run_view
+from online_po.run_view import load_run_view, read_timeline
 from tests.run_folder import make_run_folder
 
 
@@ -129,7 +129,8 @@ def test_phase_seconds_idle_and_wall(tmp_path):
     timer.close()
     lines = [json.loads(line) for line in (tmp_path / "timeline.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == ["start", "generate", "commit", "generate"]
-    assert lines[2] == {"phase": "commit", "round": 1, "start": 114.0, "seconds": 3.0}
+    phase = read_timeline(tmp_path / "timeline.jsonl")[2]
+    assert phase == {"phase": "commit", "round": 1, "start": 114.0, "seconds": 3.0}
 
 
 def test_phases_that_overlap_are_busy_once(tmp_path):

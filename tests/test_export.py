@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from online_po import files
 from online_po.errors import ConfigError, LedgerError
 from online_po.export import export
 from online_po.ledger import Ledger
@@ -73,7 +74,7 @@ def test_an_exported_adapter_names_what_the_user_wrote(tmp_path, tiny_model):
     ledger = make_run(tmp_path / "runs", tiny_model, is_adapter=True)
     written = {"path": "organisation/name", "revision": "v2"}
     config = make_config(tmp_path / "runs", model=written)
-    (ledger.root / "config.yaml").write_text(config.to_yaml())
+    files.write_yaml(ledger.root / "config.yaml", config.to_yaml())
     inside = (ledger.round_dir(1) / "policy" / "adapter_config.json").read_text()
     assert json.loads(inside)["base_model_name_or_path"] == str(tiny_model)
     exported = json.loads((export(ledger.root, tmp_path / "out") / "adapter_config.json").read_text())

@@ -101,7 +101,7 @@ def test_a_watched_process_says_where_it_is(tmp_path):
     seen: list[str] = []
     fail_points.watch(seen.append)
     try:
-        files.write_json(tmp_path / "x.json", 1)
+        files.write_json(tmp_path / "x.json", {"a": 1})
     finally:
         fail_points.watch(None)
     fail_point("learn.step")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -38,17 +37,17 @@ def folder(tmp_path: Path) -> Path:
     folder = make_run_folder(tmp_path)
     change(folder / "rounds/000002/metrics.jsonl", lambda row: row | {"guards": [FINDING], "attempt": 1})
     change(folder / "rounds/000002/eval.json", lambda row: row | {"guards": [OVER], "attempt": 1})
-    files.write_json(folder / "roll_backs.json", [BACK])
+    files.write_json(folder / "roll_backs.json", {"acts": [BACK]})
     return folder
 
 
 def change(path: Path, how: Any) -> None:
     """Rewrites the last line of a JSON lines file, or a JSON file."""
-    text = path.read_text()
-    head, last = (
-        ("", text) if path.suffix == ".json" else (text[: text.rstrip().rfind("\n") + 1], text.splitlines()[-1])
-    )
-    path.write_text(head + json.dumps(how(json.loads(last))) + "\n")
+    if path.suffix == ".json":
+        files.write_json(path, how(files.read_json(path)))
+    else:
+        *rows, last = files.read_json_lines(path)
+        files.write_json_lines(path, [*rows, how(last)])
 
 
 def test_sentences_are_in_order_and_say_where(folder):
@@ -105,7 +104,8 @@ def test_the_report_lists_what_guards_saw(folder):
 
 def test_a_finding_that_stopped_the_run_says_so(folder):
     stop = {"policy": FINDING["policy"], "attempt": 1, "guard": "length", "round": 2, "message": SAW}
-    files.write_json(folder / "guard_stops.json", [stop, stop | {"guard": "over_optimisation", "attempt": 0}])
+    stops = [stop, stop | {"guard": "over_optimisation", "attempt": 0}]
+    files.write_json(folder / "guard_stops.json", {"acts": stops})
     view = load_run_view(folder)
     assert guard_view.findings(view) == [
         f"round 2, guard length (the run stopped): {SAW}",
@@ -114,9 +114,9 @@ def test_a_finding_that_stopped_the_run_says_so(folder):
 
 
 def stop_early(folder: Path, patience: int) -> None:
-    text = (folder / "config.yaml").read_text()
+    text = files.read_yaml(folder / "config.yaml")
     rule = f"early_stop: {{patience: {patience}, min_gain: 0.0}}"
-    files.write_text(folder / "config.yaml", text.replace("early_stop: null", rule))
+    files.write_yaml(folder / "config.yaml", text.replace("early_stop: null", rule))
 
 
 def test_a_run_that_ended_early_is_finished_and_says_so(tmp_path):
@@ -147,7 +147,7 @@ def test_export_takes_the_best_round_where_the_run_may_end_early(tmp_path, tiny_
         files.write_json(ledger.round_dir(version) / "eval.json", {"policy_version": version, "score": interval})
     assert default_round(ledger.root) == 2
     early = make_config(tmp_path / "runs", model={"path": str(tiny_model)}, eval={"early_stop": {}})
-    files.write_text(ledger.root / "config.yaml", early.to_yaml())
+    files.write_yaml(ledger.root / "config.yaml", early.to_yaml())
     done = CliRunner().invoke(app, ["export", str(ledger.root), str(tmp_path / "out")])
     assert done.exit_code == 0 and "the policy of round 1:" in done.output and str(tmp_path / "out") in done.output
     assert not (tmp_path / "out" / "round").exists()

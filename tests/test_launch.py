@@ -19,7 +19,7 @@ def test_a_run_that_was_ended_for_cause_has_a_report(tmp_path, monkeypatch, erro
         raise error("guards.kl.action is stop")
 
     monkeypatch.setattr(launch, "checked_plan", lambda *_: SimpleNamespace(heldout=None))
-    monkeypatch.setattr(launch, "_run_info", lambda _: {})
+    monkeypatch.setattr(launch, "_run_info", lambda _: {"versions": {}})
     monkeypatch.setattr(launch, "_run_watched", ends)
     with pytest.raises(error):
         launch.run(config, [observer])

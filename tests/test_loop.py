@@ -402,10 +402,32 @@ def test_killed_anywhere_in_an_update_it_ends_the_same_and_few_steps_are_made_tw
             assert content(again.ledger.root) == expected, label
             assert not list(again.ledger.root.glob("rounds/*/steps*"))
             made = [*parts.learner.taken, *again.learner.taken]
+            if "file.durable@trained.json" in points[: point - 1]:
+                assert not again.learner.taken, f"{label}: it was trained and saved"
             # Those since the newest checkpoint, and those that were made while the next one was written.
             assert len(made) - len(set(made)) <= 2 * every, f"{label}: {made}"
             reused += 0 < len(again.learner.taken) < 6
         assert reused > 5
+
+
+@pytest.mark.parametrize("damaged", ["policy/skill.json", "trainer/state.json", "steps/trained.json"])
+def test_weights_that_were_saved_but_not_committed_are_checked_before_they_are_taken(tmp_path, damaged):
+    whole = make_parts(make_config(tmp_path / "whole"))
+    with killed_at(None) as points:
+        run_rounds(whole)
+    config = make_config(tmp_path / "damaged")
+    parts = make_parts(config)
+    with pytest.raises(Killed), killed_at(points.index("commit.begin") + 1):
+        run_rounds(parts)
+    parts.sampler.shutdown()
+    path = parts.ledger.round_dir(1) / damaged
+    path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
+    again = make_parts(config)
+    run_rounds(again)
+    assert again.learner.taken[0] == (1, 1)
+    said = "the weights that round 1 saved are not as they were written: it is trained again"
+    assert (said in again.observer.messages) == (damaged != "steps/trained.json")
+    assert content(again.ledger.root) == content(whole.ledger.root)
 
 
 def test_failures_under_the_bound_are_counted_and_never_trained_on(tmp_path):

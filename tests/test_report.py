@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from online_po import files
-from online_po.observers import PhaseTimer
+from online_po.observers import PhaseTimer, timeline_line
 from online_po.report import write_report
 from online_po.report_charts import MAX_POINTS, charts, thin
 from online_po.run_view import (
@@ -103,8 +103,8 @@ def test_only_the_reports_own_scripts_may_run(page):
 def test_markup_in_responses_stays_text(tmp_path):
     evil = "</script></pre><script>alert(1)</script><img src=x onerror=alert(2)>&amp;{{ 7 * 7 }}"
     folder = make_run_folder(tmp_path, rounds=1, text=evil)
-    config = (folder / "config.yaml").read_text()
-    files.write_text(folder / "config.yaml", config.replace("prompts.jsonl", "'</pre><script>alert(3)</script>'"))
+    config = files.read_yaml(folder / "config.yaml")
+    files.write_yaml(folder / "config.yaml", config.replace("prompts.jsonl", "'</pre><script>alert(3)</script>'"))
     page = Page(write_report(folder).read_text())
     assert len(page.scripts) == 3, "the data, plotly.js and the report's own"
     assert not [tag for tag, attrs in page.tags if tag == "img" or any(name.startswith("on") for name in attrs)]
@@ -140,9 +140,9 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path):
 def test_a_beta_for_each_round_is_shown(tmp_path):
     folder = make_run_folder(tmp_path)
     path = folder / "config.yaml"
-    config = yaml.safe_load(path.read_text())
+    config = yaml.safe_load(files.read_yaml(path))
     config["loss"] = [{"name": "ipo", "weight": 1.0, "beta": [0.5, 0.25]}]
-    path.write_text(yaml.safe_dump(config))
+    files.write_yaml(path, yaml.safe_dump(config))
     assert "ipo, β 0.5, 0.25" in write_report(folder).read_text()
 
 
@@ -155,8 +155,8 @@ def test_a_line_cut_short_is_skipped(tmp_path):
 
 def test_an_evaluation_that_was_never_asked_for(tmp_path):
     folder = make_run_folder(tmp_path, rounds=1)
-    config = (folder / "config.yaml").read_text()
-    files.write_text(folder / "config.yaml", re.sub(r"(eval:\n  every: )1", r"\g<1>0", config))
+    config = files.read_yaml(folder / "config.yaml")
+    files.write_yaml(folder / "config.yaml", re.sub(r"(eval:\n  every: )1", r"\g<1>0", config))
     for path in folder.glob("rounds/*/eval.*"):
         path.unlink()
     view = load_run_view(folder)
@@ -186,7 +186,7 @@ def test_time_use_is_a_union_over_sessions(tmp_path):
         ("generate", 3, 1005.0, 5.0),
     ]
     rows = [dict(zip(("phase", "round", "start", "seconds"), line, strict=True)) for line in lines]
-    (folder / "timeline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "timeline.jsonl").write_text("".join(timeline_line(row) + "\n" for row in rows))
     view = load_run_view(folder)
     assert time_use(view) == {"startup": 15.0, "wall": 12.0 + 5.0, "useful": 10.0 + 5.0}
     assert phase_seconds(view)[2] == {"generate": 6.0}
@@ -233,15 +233,15 @@ def test_numbers_for_people():
 
 def test_a_beta_for_each_round_a_renewed_reference_and_mixed_pairs_are_shown(tmp_path):
     folder = make_run_folder(tmp_path)
-    text = (folder / "config.yaml").read_text()
+    text = files.read_yaml(folder / "config.yaml")
     text = text.replace("beta: 0.1", "beta: [0.1, 0.2, 0.2]").replace("kind: fixed", "kind: refresh")
-    files.write_text(folder / "config.yaml", text)
+    files.write_yaml(folder / "config.yaml", text)
     for round_, source in ((1, {"fresh": 40}), (2, {"fresh": 40, "replay": 10}), (3, {"fresh": 40, "replay": 9})):
         path = folder / f"rounds/00000{round_}/metrics.jsonl"
-        *steps, row = path.read_text().splitlines()
+        *steps, row = files.read_json_lines(path)
         more = {"beta": 0.2 if round_ > 1 else 0.1, "reference_round": round_ - 1, "sources": source}
         more |= {"sampler_mismatch": 0.001 * round_}
-        files.write_text(path, "\n".join([*steps, json.dumps(json.loads(row) | more)]) + "\n")
+        files.write_json_lines(path, [*steps, row | more])
     page = Page(write_report(folder).read_text())
     assert "sigmoid, β 0.1, 0.2, 0.2" in page.text and "refresh, every 1" in page.text
     shown = {attrs["data-chart"] for _, attrs in page.tags if "data-chart" in attrs}

@@ -458,11 +458,17 @@ def test_killed_anywhere_it_goes_back_and_ends_the_same(case, staleness):
         expected = everything(whole.ledger.root)
         going_back = range(points.index("roll_back.begin") + 1, points.index("roll_back.loaded") + 2)
         assert len(whole.ledger.roll_backs()) == 1 and len(going_back) >= 2 * 4 + 2 + 3
-        for point in sorted({*going_back, *range(2, len(points), 47)}):
+        tried, lived = sorted({*going_back, *range(2, len(points), 47)}), 0
+        for point in tried:
             parts = make(folder / str(point))
-            with pytest.raises(Killed), killed_at(point):
-                run_rounds(parts)
+            try:
+                with killed_at(point):
+                    run_rounds(parts)
+                lived += 1  # what is sampled ahead when the run goes back is dropped: how much, hangs on timing
+            except Killed:
+                pass
             parts.sampler.shutdown()
             again = make(folder / str(point))
             run_rounds(again)
             assert everything(again.ledger.root) == expected, f"killed at {points[point - 1]}, point {point}"
+        assert lived <= (2 if staleness else 0)

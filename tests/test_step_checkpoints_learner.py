@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from online_po import step_checkpoints
+from online_po import files, step_checkpoints
 from online_po.errors import OnlinePOError
 from online_po.learner import TorchLearner
 from online_po.ledger import Ledger
@@ -198,7 +198,7 @@ def weights_and_steps(ledger: Ledger) -> dict[str, Any]:
         for name, about in ledger.committed(round_).files.items():
             if name != "metrics.jsonl":
                 found[f"{round_}/{name}"] = about["sha256"]
-        rows = [json.loads(row) for row in (ledger.round_dir(round_) / "metrics.jsonl").read_text().splitlines()]
+        rows = files.read_json_lines(ledger.round_dir(round_) / "metrics.jsonl")
         found[f"{round_}/steps"] = timeless(rows[:-1])
         found[f"{round_}/round"] = {k: v for k, v in rows[-1].items() if "seconds" not in k}
         found[f"{round_}/next"] = (ledger.committed(round_).beta_scale, ledger.committed(round_).reference)

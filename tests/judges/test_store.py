@@ -244,7 +244,7 @@ def test_an_answer_that_cannot_be_read_is_told(cache, store):
     async def go():
         await store.finish(ok(), key("a"), Answer(value=1))
         store._connection.execute("UPDATE answers SET value = 'not JSON'")
-        with pytest.raises(ValueError):
+        with pytest.raises(LedgerError, match="an answer is not as it was written"):
             await store.find(key("a"), 1, "j")
         return await store.find(key("b"), 1, "j")  # and the next one is served
 

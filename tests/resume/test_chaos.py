@@ -138,22 +138,24 @@ def test_pieces_are_reused_redone_or_pruned():
 
 
 @pytest.mark.parametrize(
-    ("name", "committed", "may"),
+    ("name", "then", "may"),
     [
         ("rounds/000002/responses/part-00000.parquet", set(), False),
         ("rounds/000002/reference_logps.parquet", set(), False),
         ("rounds/000002/judged.json", set(), False),
         ("rounds/000002/pairs.parquet", set(), False),
         ("rounds/000002/metrics.jsonl", set(), True),
-        ("rounds/000002/policy/model.safetensors", {"rounds/000001"}, True),
-        ("rounds/000002/policy/model.safetensors", {"rounds/000002"}, False),
-        ("rounds/000002/pairs.parquet", {"rounds/000002"}, False),
-        ("rounds/000002/eval.parquet", {"rounds/000002"}, True),
-        ("rounds/000002/eval.json", {"rounds/000002"}, False),
+        ("rounds/000002/policy/model.safetensors", {"rounds/000001/COMMIT.json"}, True),
+        ("rounds/000002/policy/model.safetensors", {"rounds/000002/COMMIT.json"}, False),
+        ("rounds/000002/policy/model.safetensors", {"rounds/000002/steps/trained.json"}, False),
+        ("rounds/000002/reference/model.safetensors", {"rounds/000002/steps/trained.json"}, True),
+        ("rounds/000002/pairs.parquet", {"rounds/000002/COMMIT.json"}, False),
+        ("rounds/000002/eval.parquet", {"rounds/000002/COMMIT.json"}, True),
+        ("rounds/000002/eval.json", {"rounds/000002/COMMIT.json"}, False),
     ],
 )
-def test_what_may_be_made_again(name, committed, may):
-    assert chaos_kills.may_be_remade(name, committed) == may
+def test_what_may_be_made_again(name, then, may):
+    assert chaos_kills.may_be_remade(name, then) == may
 
 
 def test_the_table_counts_by_fail_point():

@@ -1,0 +1,53 @@
+"""Room on the disk, asked for before it is needed: a run that could not save what it computes stops before it does."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+
+from online_po.errors import DiskError
+from online_po.ledger import WEIGHT_FOLDERS, Ledger
+
+LOOK_BACK = 3
+"""So many committed rounds tell what the next one takes."""
+SPARE = 1.1
+"""Rounds are not all alike."""
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundBytes:
+    """What one round takes in the run folder."""
+
+    weights: int = 0
+    """Policy, optimizer state, perhaps a reference."""
+    data: int = 0
+    """All else."""
+
+
+def round_bytes(ledger: Ledger, before: int, expected: RoundBytes) -> RoundBytes:
+    """What a round will take: the most of the latest committed rounds before it, or without any what is expected."""
+    taken = []
+    for round_ in range(max(1, before - LOOK_BACK), before):
+        if ledger.is_committed(round_):
+            files = ledger.committed(round_).files.items()
+            weights = sum(file["bytes"] for name, file in files if name.split("/")[0] in WEIGHT_FOLDERS)
+            taken.append((weights, sum(file["bytes"] for _, file in files) - weights))
+    if not taken:
+        return expected
+    return RoundBytes(weights=max(weights for weights, _ in taken), data=max(data for _, data in taken))
+
+
+def require_room(ledger: Ledger, round_: int, expected: RoundBytes, *, weights_only: bool = False) -> None:
+    """Raises DiskError where the disk has less room than the round will take besides what it has taken already."""
+    need = round_bytes(ledger, round_, expected)
+    folder = ledger.round_dir(round_)
+    made = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    data = 0.0 if weights_only else max(0.0, SPARE * need.data - made)
+    wanted, free = SPARE * need.weights + data, shutil.disk_usage(ledger.root).free
+    if wanted > free:
+        raise DiskError(
+            f"round {round_} needs about {wanted / MIB:,.1f} MiB in {str(ledger.root)!r} (weights and optimizer state "
+            f"{SPARE * need.weights / MIB:,.1f} MiB), but {free / MIB:,.1f} MiB are free; what was finished is kept: "
+            "free some space, or lower checkpoint.keep, and resume"
+        )

@@ -1,0 +1,197 @@
+"""Two writers: on one machine, on two that share a folder, and what dead ones leave."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from online_po import run_lock
+from online_po.errors import LedgerError
+from online_po.ledger import Ledger
+from online_po.run_lock import OWNER, STALE_S, Process, RunLock
+from online_po.types import Probe, Reference
+
+ELSEWHERE = dataclasses.replace(Process.this(), host="other", boot="another machine's", pid=4711)
+
+
+@pytest.fixture
+def blind(monkeypatch) -> None:
+    """The operating system's lock keeps nobody out: as where it holds for one machine, and the other is another."""
+
+    class Nothing:
+        def __init__(self, path: Path, blocking: bool) -> None: ...
+
+        def acquire(self) -> None: ...
+
+        def release(self) -> None: ...
+
+    monkeypatch.setattr(run_lock, "FileLock", Nothing)
+
+
+def unheard(root: Path, seconds: float) -> None:
+    """The owner was last heard of so long ago, by the file system's clock."""
+    heard = time.time() - seconds
+    os.utime(root / OWNER, (heard, heard))
+
+
+def names(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir()}
+
+
+def test_of_another_machine_the_one_that_is_heard_of_is_not_disturbed(tmp_path, blind):
+    first, second = RunLock(tmp_path, me=ELSEWHERE), RunLock(tmp_path)
+    first.acquire()
+    unheard(tmp_path, STALE_S - 20)
+    with pytest.raises(
+        LedgerError, match=r"in use by process 4711 on other; .*heard of 10\d s ago; .*taken over 120 s"
+    ):
+        second.acquire()
+    assert second.holder() == "process 4711 on other"
+    first.require_held()
+    first.release()
+    second.acquire()
+    assert first.holder() == str(Process.this())
+    second.release()
+    assert names(tmp_path) == set() and second.holder() is None
+
+
+def test_of_another_machine_a_dead_one_is_taken_over_and_may_not_commit_when_it_comes_back(tmp_path, blind):
+    first, second = RunLock(tmp_path, me=ELSEWHERE), RunLock(tmp_path)
+    first.acquire()
+    unheard(tmp_path, STALE_S + 20)
+    assert second.holder() is None
+    second.acquire()
+    with pytest.raises(LedgerError, match=rf"was taken over by process {os.getpid()} on .*; this one ends"):
+        first.require_held()
+    first.release()  # it has nothing to give back
+    second.require_held()
+    assert second.holder() == str(Process.this())
+    second.release()
+    assert names(tmp_path) == set()
+
+
+def test_a_commit_asks_whether_the_folder_is_still_held(tmp_path, blind):
+    ledger = Ledger(tmp_path)
+    with ledger.lock():
+        unheard(tmp_path, STALE_S + 20)
+        RunLock(tmp_path, me=ELSEWHERE).acquire()
+        with pytest.raises(LedgerError, match="was taken over by process 4711 on other"):
+            ledger.commit(
+                0, is_adapter=False, reference=Reference(round=0), probe=Probe(token_ids=(1,), token_logps=())
+            )
+    assert not ledger.is_committed(0) and ledger.holder() is not None
+
+
+def test_an_owner_is_heard_of_again_and_again(tmp_path, blind):
+    lock = RunLock(tmp_path, me=ELSEWHERE, beat_s=0.01)
+    lock.acquire()
+    unheard(tmp_path, STALE_S + 20)
+    deadline = time.monotonic() + 20
+    while RunLock(tmp_path).holder() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert RunLock(tmp_path).holder() is not None
+    lock.release()
+
+
+@pytest.mark.parametrize("change", [{"pid": 2**22 + 1}, {"started": 1.0}])
+def test_of_this_machine_a_dead_process_is_taken_over_at_once(tmp_path, blind, change):
+    """Also where its number belongs to another process now."""
+    dead = dataclasses.replace(Process.this(), **change)
+    RunLock(tmp_path, me=dead).acquire()
+    lock = RunLock(tmp_path)
+    assert lock.holder() is None
+    lock.acquire()
+    assert lock.holder() == str(Process.this())
+    lock.release()
+
+
+def test_of_this_machine_a_living_process_is_never_taken_over(tmp_path, blind):
+    """However long nothing was heard of it; its lock's file may be what stands still."""
+    first = RunLock(tmp_path)
+    first.acquire()
+    unheard(tmp_path, 10 * STALE_S)
+    with pytest.raises(LedgerError, match=rf"in use by process {os.getpid()} on .*; wait for it or stop it$"):
+        RunLock(tmp_path).acquire()
+    first.release()
+
+
+@pytest.mark.parametrize("change", [{"boot": "before"}, {"namespace": "pid:[1]"}])
+def test_a_number_that_means_nothing_here_is_not_looked_up(tmp_path, blind, change):
+    """Of a container with numbers of its own, or of before the machine was started: by what was heard of it."""
+    RunLock(tmp_path, me=dataclasses.replace(Process.this(), pid=2**22 + 1, **change)).acquire()
+    with pytest.raises(LedgerError, match="heard of 0 s ago"):
+        RunLock(tmp_path).acquire()
+    unheard(tmp_path, STALE_S + 20)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+def test_of_two_that_find_a_dead_owner_one_takes_over(tmp_path, blind, monkeypatch):
+    RunLock(tmp_path, me=ELSEWHERE).acquire()
+    unheard(tmp_path, STALE_S + 20)
+    first = RunLock(tmp_path, me=dataclasses.replace(ELSEWHERE, host="first"))
+    second = RunLock(tmp_path, me=dataclasses.replace(ELSEWHERE, host="second"))
+    real = second._create
+
+    def late(path: Path, token: str) -> bool:
+        """Between what it read of the owner and its own claim, the other one was faster."""
+        if path.name != OWNER and first.token is None:
+            first.acquire()
+        return real(path, token)
+
+    monkeypatch.setattr(second, "_create", late)
+    with pytest.raises(LedgerError, match="in use by process 4711 on first"):
+        second.acquire()
+    first.require_held()
+    first.release()
+    assert names(tmp_path) == set()
+
+
+def test_who_died_while_it_took_over_is_in_nobodys_way_for_long(tmp_path, blind):
+    RunLock(tmp_path, me=ELSEWHERE).acquire()
+    unheard(tmp_path, STALE_S + 20)
+    token = RunLock(tmp_path)._read()[0]
+    right = tmp_path / f"lock.takeover.{token}"
+    right.write_text("")
+    with pytest.raises(LedgerError, match="in use"):
+        RunLock(tmp_path).acquire()
+    os.utime(right, (1, 1))
+    with pytest.raises(LedgerError, match="by a process that died; try again"):
+        RunLock(tmp_path).acquire()
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+def test_an_owner_that_cannot_be_read_is_waited_for_then_taken_over(tmp_path, blind):
+    """Written just now, or torn by a crash."""
+    (tmp_path / OWNER).write_text("{")
+    with pytest.raises(LedgerError, match="in use by another process"):
+        RunLock(tmp_path).acquire()
+    unheard(tmp_path, STALE_S + 20)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.require_held()
+    lock.release()
+
+
+def test_who_may_only_read_is_told_what_the_owner_wrote(tmp_path, blind, monkeypatch):
+    RunLock(tmp_path, me=ELSEWHERE).acquire()
+
+    def refused(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refused)
+    assert RunLock(tmp_path).holder() == "process 4711 on other"
+
+
+def test_two_in_one_process_are_two(tmp_path):
+    with Ledger(tmp_path).lock(), pytest.raises(LedgerError, match=f"in use by process {os.getpid()}"):
+        Ledger(tmp_path).run_lock.acquire()
+    with Ledger(tmp_path).lock():
+        assert Ledger(tmp_path).holder() == str(Process.this())
