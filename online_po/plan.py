@@ -301,7 +301,11 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
         generator=shape.parameters * BYTES[engine_dtype(config)] / generator.tensor_parallel + cache,
         judge=_judge_memory(config),
         disk=kept * saved + (KEPT + 1) * stepwise + references * saved / 3 + data,
-        round=RoundBytes(weights=saved + (saved // 3 if kind == "ema" else 0), data=data // loop.rounds),
+        round=RoundBytes(
+            weights=saved + (saved // 3 if kind == "ema" else 0),
+            data=data // loop.rounds,
+            steps=(KEPT + 1) * stepwise,
+        ),
         examples=examples,
         steps=math.ceil(examples / learner.global_batch_size) * learner.epochs,
     )

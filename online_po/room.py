@@ -22,7 +22,9 @@ class RoundBytes:
     weights: int = 0
     """Policy, optimizer state, perhaps a reference."""
     data: int = 0
-    """All else."""
+    """All else that stays."""
+    steps: int = 0
+    """Step checkpoints, which go with the commit."""
 
 
 def round_bytes(ledger: Ledger, before: int, expected: RoundBytes) -> RoundBytes:
@@ -35,7 +37,8 @@ def round_bytes(ledger: Ledger, before: int, expected: RoundBytes) -> RoundBytes
             taken.append((weights, sum(file["bytes"] for _, file in files) - weights))
     if not taken:
         return expected
-    return RoundBytes(weights=max(weights for weights, _ in taken), data=max(data for _, data in taken))
+    weights, data = (max(sizes) for sizes in zip(*taken, strict=True))
+    return RoundBytes(weights=weights, data=data, steps=expected.steps)
 
 
 def require_room(ledger: Ledger, round_: int, expected: RoundBytes, *, weights_only: bool = False) -> None:
@@ -43,7 +46,7 @@ def require_room(ledger: Ledger, round_: int, expected: RoundBytes, *, weights_o
     need = round_bytes(ledger, round_, expected)
     folder = ledger.round_dir(round_)
     made = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    data = 0.0 if weights_only else max(0.0, SPARE * need.data - made)
+    data = 0.0 if weights_only else max(0.0, SPARE * (need.data + need.steps) - made)
     wanted, free = SPARE * need.weights + data, shutil.disk_usage(ledger.root).free
     if wanted > free:
         raise DiskError(

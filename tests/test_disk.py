@@ -192,6 +192,8 @@ def test_what_rounds_took_tells_what_the_next_one_takes(tmp_path, monkeypatch):
     made.write_bytes(b"x" * taken.data)
     usage(monkeypatch, int(1.1 * taken.weights + 0.1 * taken.data) + 2)
     require_room(ledger, 4, nothing)  # the data are there already
+    with pytest.raises(DiskError):
+        require_room(ledger, 4, RoundBytes(steps=1 << 20))
 
 
 @pytest.mark.parametrize("number", NUMBERS)

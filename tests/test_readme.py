@@ -34,7 +34,7 @@ def test_every_command_is_there():
     for script in re.findall(r"bash (scripts/\w+\.sh)", TEXT):
         assert (ROOT / script).exists(), script
     commands = set(re.findall(r"^online-po (\w+)", TEXT, re.MULTILINE))
-    assert commands == {"check", "run", "status", "resume", "report", "export", "judge", "pairs"}
+    assert commands == {"check", "run", "status", "resume", "report", "verify", "export", "judge", "pairs"}
     for command in commands:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
 

@@ -15,6 +15,7 @@ from online_po import files
 from online_po.errors import Interrupted
 from online_po.ledger import Ledger
 from online_po.loop import run_rounds
+from online_po.parts import Parts
 from online_po.stopping import EXIT_CODE
 from tests.fake_run import FakeRun, serving, start
 from tests.fakes import SickLearner, make_config
@@ -104,6 +105,25 @@ def test_a_second_signal_ends_the_run_at_once_and_safely(server, whole, tmp_path
     assert "SIGINT again: stopped at once" in run.log.read_text()
     assert start(server, tmp_path, "resume", str(tmp_path / "fake")).wait() == 0, "its lock was taken over"
     assert content(tmp_path / "fake") == whole
+
+
+@pytest.mark.parametrize("every", [2, 5])
+def test_an_update_ends_at_its_next_step_checkpoint(tmp_path, every):
+    def make() -> Parts:
+        parts = make_parts(make_config(tmp_path, loop__rounds=1, checkpoint__every_steps=every))
+        parts.learner.steps = 6
+        return parts
+
+    parts = make()
+    parts.observer.step = lambda round_, metrics: parts.stop.ask()  # at the first
+    with pytest.raises(Interrupted):
+        run_rounds(parts)
+    assert parts.ledger.last_committed() == 0
+    # Writing goes on beside the learner: it may have made some more steps.
+    assert every <= len(parts.learner.taken) < 6
+    again = make()
+    run_rounds(again)
+    assert again.learner.taken[0] == (1, every + 1)
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
