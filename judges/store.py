@@ -74,19 +74,20 @@ def prepare(path: Path, *, nodes: int = 1) -> None:
                 connection.execute("INSERT INTO seal VALUES (?)", ((SEAL + OPEN).decode(),))
                 connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            connection.execute("COMMIT")
             require_ours(connection, path)
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise explain(sqlite3.DatabaseError(verdict), path)
-            connection.execute(f"PRAGMA journal_mode = {'WAL' if local else 'DELETE'}")
-            connection.execute("BEGIN IMMEDIATE")
             lost = connection.execute("SELECT round, sum(cost) FROM calls WHERE outcome = 'open' GROUP BY round")
             for round_, cost in lost.fetchall():
                 connection.execute("UPDATE spent SET money = money + ? WHERE round = ?", (cost, round_))
             connection.execute("UPDATE calls SET outcome = 'lost', key = NULL WHERE outcome = 'open'")
+            # Before anything else is written to the file, and before its journal is another one.
             connection.execute("UPDATE seal SET hash = ?", ((SEAL + OPEN).decode(),))
             connection.execute("COMMIT")
+            fail_point("judge_cache.opened")
+            connection.execute(f"PRAGMA journal_mode = {'WAL' if local else 'DELETE'}")
+            fail_point("judge_cache.prepared")
     except sqlite3.Error as error:
         raise explain(error, path) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,6 +84,8 @@ def verify(run: RunFolder) -> None:
     ledger, screen = Ledger(run), ConsoleObserver()
     if not ledger.exists():
         Ledger.open(run)  # says that it is none
+    if (holder := ledger.holder()) is not None:  # files come and go while it runs
+        raise LedgerError(f"run folder {str(run)!r} is in use by {holder}; verify it when that has ended")
     try:
         with screen.phase("verify", 0):
             found = find_damage(ledger, True, lambda done, total: screen.progress("verify", done, total))
@@ -209,7 +212,8 @@ def _run(start: Callable[[list[Observer], Callable[[Plan], None], Stop], RunResu
             # Of others that died of the same signal, say.
             why = "" if isinstance(error, (KeyboardInterrupt, Interrupted)) else f" ({error})"
             where = f"; go on with: online-po resume {folder[0]}" if folder else ""
-            typer.echo(f"stopped{why}, what was finished is kept{where}", err=True)
+            with suppress(OSError):  # nobody reads it any more
+                typer.echo(f"stopped{why}, what was finished is kept{where}", err=True)
             raise typer.Exit(EXIT_CODE) from None
     print_result(load_run_view(result.run_dir))
     typer.echo(f"report: {result.report}")

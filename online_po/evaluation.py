@@ -50,7 +50,7 @@ class EvalSummary(TypedDict):
     truncated_share: float | None
     versus_start: Comparison | None
     versus_previous: Comparison | None
-    attempt: NotRequired[int]  # roll-backs before it was made; `online_po.heldout` adds this and `guards`
+    attempt: NotRequired[int]  # of the round that made the policy; `online_po.heldout` adds this and `guards`
     guards: NotRequired[list[dict[str, Any]]]  # what guards saw, see `online_po.guards.Finding`
 
 

@@ -56,7 +56,9 @@ NAMES = (
     "remove.done",
     "move.renamed",
     "move.durable",
-    # inside a transaction of the judge cache
+    # where the judge cache is opened by the run, and inside a transaction
+    "judge_cache.opened",
+    "judge_cache.prepared",
     "judge_cache.written",
     "judge_cache.committed",
 )

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from online_po import seals
-from online_po.errors import DamagedError, DiskError, first_line
+from online_po.errors import DamagedError, DiskError, OnlinePOError, first_line
 from online_po.fail_points import fail_point
 
 TMP = ".tmp"
@@ -113,10 +113,11 @@ def _make_folder(path: Path) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns a full disk, or one that cannot be written or read, into a DiskError; other errors pass."""
+    """Turns a full disk, or one that cannot be written or read, into a DiskError; other errors pass, those of ours
+    too: what a lost learner says is no matter of the disk."""
     try:
         yield
-    except DiskError:
+    except OnlinePOError:
         raise
     except Exception as error:
         number = _error_number(error)

@@ -72,7 +72,7 @@ def evaluate_heldout(parts: Parts, version: int, round_: int) -> dict[str, Any]:
         seed=stable_seed(config.run.seed, "bootstrap"),
         against_start=duels is not None,
     )
-    summary |= {"attempt": ledger.attempt, "guards": _findings(parts, version, table)}
+    summary |= {"attempt": ledger.attempt(version), "guards": _findings(parts, version, table)}
     fail_point("evaluate.judged")
     ledger.write_evaluation(version, table, summary)
     return summary

@@ -6,7 +6,7 @@ Rounds that are committed are checked by the hashes in COMMIT.json, all else by 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,8 @@ from online_po.judge_configs import self_judges
 from online_po.ledger import WEIGHT_FOLDERS, Ledger
 from online_po.run_view import read_timeline
 
-RUN_FILES = ("run.json", "config.yaml", "roll_backs.json", "guard_stops.json", "timeline.jsonl")
+TIMELINE = "timeline.jsonl"
+RUN_FILES = ("run.json", "config.yaml", "roll_backs.json", "guard_stops.json", TIMELINE)
 READ_ONCE = (
     "responses", "judgements", "judged.json", "response_logps.parquet", "reference_logps.parquet", "start_logps.parquet"
 )  # fmt: skip
@@ -32,7 +33,7 @@ class Damage:
     round: int | None = None
     """None: a file of the run itself."""
     kind: Literal["data", "weights", "history"] = "data"
-    """history: the run itself never reads it again, so that it goes on."""
+    """history: the run goes on without it."""
 
     def __str__(self) -> str:
         return f"{str(self.path)!r} is damaged: {self.what}"
@@ -53,6 +54,10 @@ def find_damage(
     except DamagedError as error:
         found.append(Damage(path=error.path, what=error.what))
     last = ledger.last_committed()
+    first = 0 if last is None else last + 1
+    if any(ledger.is_committed(round_) for round_ in ledger.rounds() if round_ > first):
+        path = ledger.round_dir(first) / "COMMIT.json"
+        found.append(Damage(path=path, what="it is missing, though later rounds are committed", round=first))
     if last is None:
         return found
     for round_ in range(last + 1):
@@ -61,12 +66,13 @@ def find_damage(
     if any(damage.round == last and damage.path.name == "COMMIT.json" for damage in found):
         return found
     rounds = range(1, last + 1)
-    every = [(r, name) for r in rounds for name in WEIGHT_FOLDERS if (ledger.round_dir(r) / name).exists()]
-    wanted = every if all_weights or _run_is_damaged(found) else sorted(needed_weights(ledger, last))
+    every = {(r, name) for r in rounds for name in WEIGHT_FOLDERS if (ledger.round_dir(r) / name).exists()}
+    needed = every if _run_is_damaged(found) else needed_weights(ledger, last)
     bad = {damage.round for damage in found if damage.path.name == "COMMIT.json"}
-    return found + [
-        damage for r, name in wanted if r not in bad and (damage := _of_weights(ledger, r, name)) is not None
-    ]
+    for r, name in sorted(every | needed if all_weights else needed):
+        if r not in bad and (damage := _of_weights(ledger, r, name)) is not None:
+            found.append(damage if (r, name) in needed else replace(damage, kind="history"))
+    return found
 
 
 def needed_weights(ledger: Ledger, round_: int) -> set[tuple[int, str]]:
@@ -95,7 +101,9 @@ def say_damage(ledger: Ledger, found: Sequence[Damage]) -> str:
     lines = [f"run folder {str(ledger.root)!r} is damaged:", *(f"  {damage}" for damage in found)]
     grave = [damage for damage in found if damage.kind != "history"]
     if not grave:
-        lines.append("the run goes on without, since it never reads this again; a copy of the run folder may have it")
+        lines.append(
+            "the run goes on without; a copy of the run folder may have it, for those who export that round or go back"
+        )
     elif all(damage.round is None for damage in grave):
         lines.append("restore it from a copy of the run folder")
     elif (round_ := whole_round(ledger, found)) is None:
@@ -155,8 +163,10 @@ def _of_run(ledger: Ledger, name: str) -> Iterator[Damage]:
     try:
         if name == "config.yaml":
             ledger.config()
-        elif name == "timeline.jsonl":
-            read_timeline(path)
+        elif name == TIMELINE:
+            if None in read_timeline(path):
+                what = "lines of it are not as they were written (only times are lost)"
+                yield Damage(path=path, what=what, kind="history")
         elif name == "run.json":
             ledger.require_schema()
         elif path.exists():
@@ -190,6 +200,8 @@ def _of_round(ledger: Ledger, round_: int, last: int) -> Iterator[Damage]:
             yield damage(path)
     # What came after the commit: evaluation and trials of the judge.
     later = [p for kind in ("*.json", "*.parquet") for p in sorted(folder.glob(kind)) if p.name != "COMMIT.json"]
+    if (folder / "eval.json").exists() and not (folder / "eval.parquet").exists():
+        yield damage(folder / "eval.parquet", "it is missing")
     for path in later:
         if path not in listed and path.relative_to(folder).as_posix() not in commit.files and not files.is_whole(path):
             yield damage(path, "its hash is not the one it was written with")

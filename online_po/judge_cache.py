@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -108,7 +109,7 @@ def require_ours(connection: sqlite3.Connection, path: Path) -> None:
 def require_whole(path: Path) -> None:
     """Raises DamagedError for a file that is not as its last user left it. Nothing is said of one that is in use, whose
     users were killed, or that is none of ours."""
-    if not path.exists():
+    if not path.exists() or any(_is_filled(path.with_name(path.name + end)) for end in ("-wal", "-journal")):
         return
     with files.explained(path):
         data = path.read_bytes()
@@ -136,8 +137,14 @@ def seal(path: Path) -> None:
             os.fsync(file.fileno())
 
 
+def _is_filled(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
 def _seal_place(data: bytes) -> int | None:
-    return None if data.count(SEAL) != 1 else data.index(SEAL) + len(SEAL)
+    """Where the hash begins; a judge's answer may have the mark in it too, but no hash after it."""
+    places = [found.end() - len(OPEN) for found in re.finditer(re.escape(SEAL) + rb"[0-9a-f]{%d}" % len(OPEN), data)]
+    return places[0] if len(places) == 1 else None
 
 
 def _digest(data: bytes, at: int) -> bytes:

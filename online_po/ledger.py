@@ -21,7 +21,6 @@ from online_po.errors import ConfigError, DamagedError, LedgerError
 from online_po.fail_points import fail_point
 from online_po.judge_cache import CACHE
 from online_po.pieces import ExampleKind, Pieces
-from online_po.run_lock import RunLock
 from online_po.step_checkpoints import STEPS
 from online_po.types import Policy, Probe, Reference
 
@@ -54,7 +53,6 @@ class Ledger(Pieces):
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        self.run_lock = RunLock(root)
         self.dropped: list[Path] = []
         """Damaged pieces of uncommitted rounds that `lock` deleted, to be made again."""
 
@@ -114,6 +112,8 @@ class Ledger(Pieces):
     def config(self) -> Config:
         """Raises DamagedError where config.yaml is not as it was written."""
         path = self.root / "config.yaml"
+        if not path.exists():
+            raise DamagedError(path, "it is missing")
         if not files.is_whole(path):
             raise DamagedError(
                 path,
@@ -153,6 +153,9 @@ class Ledger(Pieces):
             self.root.mkdir(parents=True, exist_ok=True)
             self.run_lock.acquire()
         except OSError as error:
+            if self.exists() or error.errno in files.FULL:
+                with files.explained(self.root):
+                    raise
             raise ConfigError(
                 f"run.dir: {str(self.root)!r} cannot be written ({error.strerror}); choose another run.dir"
             ) from error
@@ -238,13 +241,12 @@ class Ledger(Pieces):
     def commit(
         self, round_: int, *, is_adapter: bool, reference: Reference, probe: Probe, beta_scale: float = 1.0
     ) -> Commit:
-        """Makes the round durable: hashes its files and writes COMMIT.json last. Raises LedgerError where another
-        process has taken the run folder meanwhile."""
+        """Makes the round durable: hashes its files and writes COMMIT.json last."""
         self.run_lock.require_held()
         folder = self.round_dir(round_)
         folder.mkdir(parents=True, exist_ok=True)
         # Evaluation of the new policy comes after the commit and verifies itself; step checkpoints go.
-        every = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("eval.")]
+        every = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(("eval.", "COMMIT."))]
         paths = [p for p in every if p.relative_to(folder).parts[0] != STEPS]
         trained = self._trained(round_)
         known: dict[str, str] = {} if trained is None else trained["files"]  # hashed when they were saved
@@ -263,6 +265,7 @@ class Ledger(Pieces):
         )
         record = {"schema_version": SCHEMA_VERSION, **asdict(commit)}
         fail_point("commit.hashed")
+        self.run_lock.require_held()  # the weights may have taken long to hash
         files.write_json(folder / "COMMIT.json", record)
         files.remove_folder(folder / STEPS)
         return commit
@@ -313,6 +316,7 @@ class Ledger(Pieces):
     def prune(self, newest: int, keep: int, spared: Mapping[int, Collection[str]], only: Iterable[int] | None) -> None:
         """Deletes weights and optimizer state of rounds older than the `keep` newest, but for those of
         `WEIGHT_FOLDERS` that `spared` names for a round. `only`: the rounds to look at; None: all."""
+        self.run_lock.require_held()
         old = range(1, newest - keep + 1)
         for round_ in old if only is None else sorted(set(only)):
             for name in WEIGHT_FOLDERS:
@@ -335,6 +339,7 @@ class Ledger(Pieces):
             yield policy, trainer
             for written in (policy, trainer):
                 self._require_arrived(round_, written)
+            self.run_lock.require_held()
 
     @contextmanager
     def blended_weights(self, round_: int) -> Iterator[Path]:
@@ -342,6 +347,7 @@ class Ledger(Pieces):
         with files.atomic_folder(self.round_dir(round_) / "reference") as folder:
             yield folder
             self._require_arrived(round_, folder)
+            self.run_lock.require_held()
 
     def _require_arrived(self, round_: int, written: Path) -> None:
         if not any(written.iterdir()):
@@ -357,11 +363,14 @@ class Ledger(Pieces):
         those by hand."""
         return self._acts("roll_backs.json")
 
-    @property
-    def attempt(self) -> int:
-        """How often a guard took the run back; part of the seeds that rounds are sampled by from then on. What was
-        gone back from by hand is made again as it was."""
+    def guard_roll_backs(self) -> int:
+        """How often a guard took the run back."""
         return sum(record["guard"] is not None for record in self.roll_backs())
+
+    def attempt(self, round_: int) -> int:
+        """How often a guard took the run back to before a round; part of the seeds that the round is sampled by. What
+        was gone back from by hand is made again as it was."""
+        return sum(record["guard"] is not None and record["to"] < round_ for record in self.roll_backs())
 
     def roll_back(self, *, since: int, to: int, guard: str | None, message: str) -> None:
         """Takes all rounds after `to` out of the run, into rolled_back/NNN. `since`: the round that the guard fired in,
@@ -370,6 +379,7 @@ class Ledger(Pieces):
         The record is written first: a kill in between can neither lose what a guard saw, nor the number of the
         attempt. `finish_roll_back` then does the rest.
         """
+        self.finish_roll_back()
         record = {"from": since, "to": to, "guard": guard, "message": message, "done": False}
         self._write_acts("roll_backs.json", [*self.roll_backs(), record])
         self.finish_roll_back()
@@ -380,6 +390,7 @@ class Ledger(Pieces):
         if last["done"]:
             return
         folder = self.root / "rolled_back" / f"{len(earlier) + 1:03d}"
+        self.run_lock.require_held()
         for round_ in reversed(self.rounds()):
             if round_ > last["to"]:
                 files.remove_folder(self.round_dir(round_) / STEPS)
@@ -399,6 +410,7 @@ class Ledger(Pieces):
         return acts
 
     def _write_acts(self, name: str, acts: list[dict[str, Any]]) -> None:
+        self.run_lock.require_held()
         files.write_json(self.root / name, {"acts": acts})
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 from online_po.config import Config
-from online_po.errors import ConfigError, LearnerLostError, LedgerError, NonFiniteError
+from online_po.errors import ConfigError, Interrupted, LearnerLostError, LedgerError, NonFiniteError
 from online_po.evaluation import early_stop
 from online_po.fail_points import fail_point
 from online_po.guards import Finding
@@ -52,6 +52,9 @@ def run_rounds(parts: Parts) -> list[dict[str, Any]]:
             try:
                 _run_after(parts, last, holder, retention, sampling)
                 break
+            except Interrupted:
+                wait(sampling.values())  # the parts that are sampled ahead are finished too
+                raise
             except RollBack as wanted:
                 _drop(parts, sampling)
                 # What the generators hold may be gone now; what they are asked for next is older, so it is synced.

@@ -206,13 +206,20 @@ class TensorBoardObserver(Silent):
         from tensorboard.summary import Writer
 
         self._writer = Writer(str(folder))
-        self._steps = steps_done
+        self._committed = self._steps = steps_done
+
+    @contextmanager
+    def phase(self, name: str, round_: int) -> Iterator[None]:
+        if name == "learn":  # a round that is trained anew has the same steps
+            self._steps = self._committed
+        yield
 
     def step(self, round_: int, metrics: dict[str, float]) -> None:
         self._steps += 1
         self._write("learner", metrics, self._steps)
 
     def round(self, summary: dict[str, Any]) -> None:
+        self._committed = self._steps
         self._write("round", summary, summary["round"])
         self._write("seconds", summary["phase_seconds"], summary["round"])
         self._flush()

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from online_po import files
 from online_po.errors import LedgerError
+from online_po.run_lock import RunLock
 from online_po.step_checkpoints import STEPS, TRAINED, StepPlan, Trained, newest_whole
 from online_po.tables import (
     PROMPT_SCHEMA,
@@ -51,16 +52,20 @@ class ExamplesWriter:
 
 
 class Pieces:
-    """Reads and writes the pieces of the rounds of one run folder; `online_po.ledger.Ledger` is the folder itself."""
+    """Reads and writes the pieces of the rounds of one run folder; `online_po.ledger.Ledger` is the folder itself. What
+    writes raises LedgerError where another process has taken the run folder meanwhile."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.run_lock = RunLock(root)
+        """Asked before each write: who was taken for dead and comes back must not write over the new owner's."""
 
     def round_dir(self, round_: int) -> Path:
         return self.root / "rounds" / f"{round_:06d}"
 
     def write_prompts(self, round_: int, tables: Iterator[pa.Table], cursor: dict[str, Any]) -> None:
         """The round's prompts in the order they are sampled, and the cursor's state after drawing them."""
+        self.run_lock.require_held()
         schema = PROMPT_SCHEMA.with_metadata({"cursor": json.dumps(cursor)})
         with files.parquet_writer(self.round_dir(round_) / "prompts.parquet", schema) as writer:
             for table in tables:
@@ -77,6 +82,7 @@ class Pieces:
         return json.loads(self._metadata(self.round_dir(round_) / "prompts.parquet")[b"cursor"])
 
     def write_responses(self, round_: int, part: int, groups: Sequence[Group]) -> None:
+        self.run_lock.require_held()
         files.write_parquet(self._part(round_, "responses", part), responses_to_table(groups))
 
     def has_responses(self, round_: int, part: int) -> bool:
@@ -87,6 +93,7 @@ class Pieces:
         return table_to_groups(self._read(self._part(round_, "responses", part)), prompts)
 
     def write_judgements(self, round_: int, part: int, judgements: Sequence[Judgement]) -> None:
+        self.run_lock.require_held()
         files.write_parquet(self._part(round_, "judgements", part), judgements_to_table(judgements))
 
     def has_judgements(self, round_: int, part: int) -> bool:
@@ -97,6 +104,7 @@ class Pieces:
 
     def write_judged(self, round_: int, failures: int) -> None:
         """Marks that sampling and judging of a round are over; judgements that failed then stay failed."""
+        self.run_lock.require_held()
         files.write_json(self.round_dir(round_) / "judged.json", {"failures": failures})
 
     def is_judged(self, round_: int) -> bool:
@@ -105,6 +113,7 @@ class Pieces:
     @contextmanager
     def examples_writer(self, round_: int, kind: ExampleKind, schema: pa.Schema) -> Iterator[ExamplesWriter]:
         """A writer of pairs.parquet or labels.parquet; what it notes is read by `example_notes`."""
+        self.run_lock.require_held()
         with files.parquet_writer(self.round_dir(round_) / f"{kind}.parquet", schema) as writer:
             yield ExamplesWriter(writer)
 
@@ -124,6 +133,7 @@ class Pieces:
 
     def write_response_logps(self, round_: int, logps: Any) -> None:
         """(R,) float32: logps of the round's judged responses under its reference, in order of parts, groups, index."""
+        self.run_lock.require_held()
         table = pa.table({"response": logps}, schema=RESPONSE_LOGP_SCHEMA)
         files.write_parquet(self.round_dir(round_) / "response_logps.parquet", table)
 
@@ -136,6 +146,7 @@ class Pieces:
         self, round_: int, kind: LogpKind, logps: dict[str, Any], notes: dict[str, Any] | None = None
     ) -> None:
         """{side: (N,) float32}, one row an example, and notes on how they were come by."""
+        self.run_lock.require_held()
         table = pa.table(logps).replace_schema_metadata({"notes": json.dumps(notes or {})})
         files.write_parquet(self.round_dir(round_) / f"{kind}_logps.parquet", table)
 
@@ -172,6 +183,7 @@ class Pieces:
 
     def write_trained(self, round_: int, trained: Trained) -> None:
         """Once the round's weights are saved: a start after this trains it no more."""
+        self.run_lock.require_held()
         record = {"trained": asdict(trained), "files": self.weight_hashes(round_, WRITTEN_BY_SAVE)}
         files.write_json(self.round_dir(round_) / STEPS / TRAINED, record)
 
@@ -187,6 +199,7 @@ class Pieces:
             return dict(zip((str(path.relative_to(root)) for path in paths), files.sha256(paths), strict=True))
 
     def write_metrics(self, round_: int, rows: list[dict[str, Any]]) -> None:
+        self.run_lock.require_held()
         files.write_json_lines(self.round_dir(round_) / "metrics.jsonl", rows)
 
     def round_row(self, round_: int) -> dict[str, Any]:
@@ -195,6 +208,7 @@ class Pieces:
 
     def write_evaluation(self, round_: int, table: pa.Table, summary: dict[str, Any]) -> None:
         """eval.parquet, then eval.json, which makes the evaluation count."""
+        self.run_lock.require_held()
         files.write_parquet(self.round_dir(round_) / "eval.parquet", table)
         files.write_json(self.round_dir(round_) / "eval.json", summary)
 
@@ -210,6 +224,7 @@ class Pieces:
 
     def write_judge_trial(self, round_: int, trial: dict[str, Any]) -> None:
         """How the judge did on known pairs: before the run (round 0), and after a round."""
+        self.run_lock.require_held()
         files.write_json(self.round_dir(round_) / "judge_trial.json", trial)
 
     def judge_trial(self, round_: int) -> dict[str, Any] | None:

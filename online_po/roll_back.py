@@ -93,7 +93,7 @@ def go_back(parts: Parts, wanted: RollBack) -> int:
     ledger.roll_back(since=wanted.since, to=good, guard=finding["name"], message=finding["message"])
     fail_point("roll_back.end")
     said = f"guard {finding['name']}: {finding['message']} The run went back from round {wanted.since} to round {good}"
-    if ledger.attempt > bound:
+    if ledger.guard_roll_backs() > bound:
         raise GuardError(
             f"{said}, and stopped: guards.max_roll_backs is {bound}. What was made since is in its folder rolled_back; "
             f"`online-po resume {ledger.root}` tries again with new sampling seeds"

@@ -52,5 +52,5 @@ def require_room(ledger: Ledger, round_: int, expected: RoundBytes, *, weights_o
         raise DiskError(
             f"round {round_} needs about {wanted / MIB:,.1f} MiB in {str(ledger.root)!r} (weights and optimizer state "
             f"{SPARE * need.weights / MIB:,.1f} MiB), but {free / MIB:,.1f} MiB are free; what was finished is kept: "
-            "free some space, or lower checkpoint.keep, and resume"
+            "free some space and resume, or lower checkpoint.keep: `online-po run CONFIG checkpoint.keep=N`"
         )

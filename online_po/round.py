@@ -49,7 +49,7 @@ def sample_round(parts: Parts, round_: int) -> None:
     if ledger.is_judged(round_):
         return
     prompts = draw_prompts(parts, round_)
-    size, attempt = parts.config.generator.chunk_prompts, ledger.attempt
+    size, attempt = parts.config.generator.chunk_prompts, ledger.attempt(round_)
     numbers = range(-(-len(prompts) // size))
     made = {part for part in numbers if ledger.has_responses(round_, part)}
     unfinished: dict[int, dict[int, Group]] = defaultdict(dict)
@@ -154,7 +154,7 @@ def train_round(parts: Parts, round_: int) -> None:
         summary = {
             "kind": "round",
             "round": round_,
-            "attempt": ledger.attempt,
+            "attempt": ledger.attempt(round_),
             "steps": len(steps),
             **({} if anchors.reference is None else {"reference_round": held.round, "reference_blended": held.blended}),
             "beta": reward_beta(config.loss, betas),

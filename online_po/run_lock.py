@@ -61,7 +61,9 @@ class Process:
     def lives(self) -> bool:
         """Of a process that is seen from here."""
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) < 1.0
+            process = psutil.Process(self.pid)
+            dead = process.status() == psutil.STATUS_ZOMBIE  # its parent has not asked for its exit code
+            return not dead and abs(process.create_time() - self.started) < 1.0
         except psutil.NoSuchProcess:
             return False
 
@@ -98,6 +100,8 @@ class RunLock:
             lock.acquire()
         except Timeout as error:
             raise self._taken() from error
+        except NotImplementedError:  # a file system without locks: the owner's file has to do
+            pass
         try:
             self.token = self._claim()
         except BaseException:
@@ -173,10 +177,14 @@ class RunLock:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w") as file:
-            json.dump({"token": token, **vars(self.me)}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump({"token": token, **vars(self.me)}, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:  # a full disk: an empty one would look like somebody's
+            path.unlink(missing_ok=True)
+            raise
         return True
 
     def _read(self) -> tuple[str, Process] | None:

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import yaml
 
 from online_po import files
-from online_po.errors import DamagedError
 from online_po.evaluation import best_version, early_stop
 from online_po.observers import timeline_event
 
@@ -142,7 +141,7 @@ def load_run_view(folder: Path) -> RunView:
     """Reads a run folder. What is not there yet is left out; a last line cut short by a crash is skipped. Raises
     DamagedError for a file that is not as it was written."""
     config_text = files.read_yaml(folder / "config.yaml")
-    timeline = read_timeline(folder / "timeline.jsonl")
+    timeline = [event for event in read_timeline(folder / "timeline.jsonl") if event is not None]
     return RunView(
         folder=folder,
         config_text=config_text,
@@ -175,18 +174,13 @@ def _load_round(folder: Path) -> RoundView:
     )
 
 
-def read_timeline(path: Path) -> list[dict[str, Any]]:
-    """The phases and restarts in timeline.jsonl, each line with a checksum; a last line that a crash cut is skipped."""
+def read_timeline(path: Path) -> list[dict[str, Any] | None]:
+    """The phases and restarts in timeline.jsonl, each line with a checksum; None for a line that is not as it was
+    written. A last line that a crash cut is skipped."""
     if not path.exists():
         return []
     *lines, _ = path.read_bytes().split(b"\n")
-    events = []
-    for number, line in enumerate(lines, 1):
-        event = timeline_event(line)
-        if event is None:
-            raise DamagedError(path, f"line {number} is not as it was written (deleted, only times are lost)")
-        events.append(event)
-    return events
+    return [timeline_event(line) for line in lines]
 
 
 # -- the verdict -----------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ class StepPlan:
     """Where the round's weights are saved already, nothing is left to train."""
 
     def is_written(self, step: int) -> bool:
-        """Whether the state after a step is there, whole."""
-        return (self.folder / f"{step:06d}").exists()
+        """Whether the state after a step, or after a later one, is there, whole."""
+        return any(int(path.name) >= step for path in _folders(self.folder))
 
     @property
     def done(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import FrameType, TracebackType
 
 from online_po.errors import Interrupted
@@ -73,8 +73,8 @@ class StopSignals(AbstractContextManager[Stop]):
         self.stop.ask()
         if not self.stop.working or self.stop.grace_s <= 0:
             raise KeyboardInterrupt
-        _say(f"{name}: finishing what is being made, for at most {self.stop.grace_s:g} s; once more stops at once")
         signal.setitimer(signal.ITIMER_REAL, self.stop.grace_s)
+        _say(f"{name}: finishing what is being made, for at most {self.stop.grace_s:g} s; once more stops at once")
 
     def _late(self, number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -82,4 +82,5 @@ class StopSignals(AbstractContextManager[Stop]):
 
 def _say(text: str) -> None:
     """Written past Python's streams, which a signal may have interrupted."""
-    os.write(2, f"\n{text}\n".encode())
+    with suppress(OSError):  # a pipe whose reader is gone, say: the same Ctrl-C ended it
+        os.write(2, f"\n{text}\n".encode())

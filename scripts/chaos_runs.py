@@ -169,7 +169,7 @@ def falls_ill(update: Any, ledger: Ledger) -> Any:
     """A learner's `update` that gives guards something to see. What it does depends on the ledger alone."""
 
     def ill(round_: int, *args: Any) -> Iterator[dict[str, float]]:
-        if round_ == ILL_ROUND and ledger.attempt == 0:
+        if round_ == ILL_ROUND and ledger.attempt(round_) == 0:
             raise NonFiniteError(f"round {round_}, step 1: loss is nan; the step was not applied")
         for metrics in update(round_, *args):
             entropy = 0.1 if round_ == STOPPING_ROUND else 1.0

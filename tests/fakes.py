@@ -226,7 +226,7 @@ class SickLearner(FakeLearner):
         self.round, self.times, self.metrics = round_, times, metrics
 
     def update(self, round_: int, *args: Any) -> Iterator[dict[str, float]]:
-        ill = round_ == self.round and self.ledger.attempt < self.times
+        ill = round_ == self.round and self.ledger.attempt(round_) < self.times
         for step, metrics in enumerate(super().update(round_, *args)):
             metrics |= {"tokens": 10.0, "entropy": 2.0, "accuracy": 0.7, "margin": 0.3}
             if ill and "nonfinite" not in self.metrics:

@@ -205,6 +205,19 @@ def test_tensorboard_events(tmp_path, view):
     assert events.Tensors("heldout/score")[0].step == 1
 
 
+def test_tensorboard_counts_a_round_that_is_trained_anew_once(tmp_path):
+    observer = TensorBoardObserver(tmp_path, steps_done=10)
+    for steps in (1, 2):  # the learner is lost after the first step
+        with observer.phase("learn", 1):
+            for _ in range(steps):
+                observer.step(1, {"loss": 1.0})
+    observer.round({"round": 1, "phase_seconds": {"learn": 1.0}})
+    with observer.phase("learn", 2):
+        observer.step(2, {"loss": 1.0})
+    assert observer._steps == 13
+    observer.close()
+
+
 def test_tensorboard_that_cannot_be_written_ends_no_run(tmp_path, view, monkeypatch):
     observer = TensorBoardObserver(tmp_path)
 

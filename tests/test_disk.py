@@ -18,7 +18,7 @@ import pytest
 
 from judges import store
 from online_po import files, launch, report, room
-from online_po.errors import DiskError, LedgerError
+from online_po.errors import DiskError, LearnerLostError, LedgerError
 from online_po.integrity import find_damage
 from online_po.ledger import Ledger
 from online_po.loop import run_rounds
@@ -202,6 +202,9 @@ def test_the_words_of_other_libraries_are_understood(tmp_path, number):
     text = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
     with pytest.raises(DiskError, match="x"), files.atomic(tmp_path / "x"):
         raise RuntimeError(text)
+    lost = LearnerLostError(text)
+    with pytest.raises(LearnerLostError), files.atomic(tmp_path / "x"):
+        raise lost
     with pytest.raises(ValueError, match="else"), files.atomic(tmp_path / "x"):
         raise ValueError("something else")
     with pytest.raises(FileNotFoundError), files.atomic(tmp_path / "x"):
@@ -230,8 +233,9 @@ def test_a_folder_that_is_read_only_is_told(tmp_path):
         ["unshare", "-rm", "sh", "-c", mount, "sh", sys.executable, "-c", code, str(tmp_path)],
         cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert done.stdout.startswith("ConfigError run.dir: "), done.stdout + done.stderr
-    assert "cannot be written (Read-only file system); choose another run.dir" in done.stdout
+    assert done.stdout.startswith("DiskError "), done.stdout + done.stderr
+    assert "cannot be written or read ([Errno 30] Read-only file system" in done.stdout
+    assert "what was finished is kept: mend that and resume" in done.stdout
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -189,7 +189,7 @@ class HighKl(SickLearner):
 
     def logps(self, pairs, policy):
         for batch in super().logps(pairs, policy):
-            sampled_by_2 = pairs["policy_version"][0].as_py() == 2 and self.ledger.attempt == 0
+            sampled_by_2 = pairs["policy_version"][0].as_py() == 2 and self.ledger.guard_roll_backs() == 0
             yield batch | {name: batch[name] * 0 - 1000 * sampled_by_2 for name in ("chosen", "rejected")}
 
 
@@ -285,7 +285,7 @@ def test_past_max_roll_backs_the_run_stops_at_the_good_round(tmp_path):
     parts = sick_parts(config, 3, times=3, **COLLAPSE)
     with pytest.raises(GuardError, match=r"went back from round 3 to round 2, and stopped: .*max_roll_backs is 1"):
         run_rounds(parts)
-    assert parts.ledger.last_committed() == 2 and parts.ledger.attempt == 2
+    assert parts.ledger.last_committed() == 2 and parts.ledger.guard_roll_backs() == 2
     again = sick_parts(config, 3, times=3, **COLLAPSE)
     with pytest.raises(GuardError, match="max_roll_backs"):
         run_rounds(again)
@@ -318,7 +318,7 @@ class KlOfPolicy(SickLearner):
         self.policies = dict(enumerate(policies))
 
     def logps(self, pairs, policy):
-        ill = pairs["policy_version"][0].as_py() == self.policies.get(self.ledger.attempt)
+        ill = pairs["policy_version"][0].as_py() == self.policies.get(self.ledger.guard_roll_backs())
         for batch in super().logps(pairs, policy):
             yield batch | {name: batch[name] * 0 - 1000 * ill for name in ("chosen", "rejected")}
 
@@ -352,7 +352,7 @@ class OverFitted(SickLearner):
     def update(self, round_, *args):
         before = self.skill
         for metrics in super().update(round_, *args):
-            ill = round_ >= 3 and self.ledger.attempt == 0
+            ill = round_ >= 3 and self.ledger.attempt(round_) == 0
             if ill:
                 self.skill = before - 1.0
             yield metrics | {"accuracy": 0.99 if ill else 0.7}

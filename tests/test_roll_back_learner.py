@@ -43,7 +43,7 @@ class Ill:
         return getattr(self.learner, name)
 
     def update(self, round_: int, *args: Any) -> Iterator[dict[str, float]]:
-        ill = round_ == self.round and self.ledger.attempt == 0
+        ill = round_ == self.round and self.ledger.attempt(round_) == 0
         for metrics in self.learner.update(round_, *args):
             yield metrics | ({"entropy": 0.01} if ill else {})
 

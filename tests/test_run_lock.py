@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
+import pyarrow as pa
 import pytest
 
 from online_po import run_lock
-from online_po.errors import LedgerError
+from online_po.errors import DiskError, LedgerError
 from online_po.ledger import Ledger
 from online_po.run_lock import OWNER, STALE_S, Process, RunLock
+from online_po.step_checkpoints import Trained
 from online_po.types import Probe, Reference
 
 ELSEWHERE = dataclasses.replace(Process.this(), host="other", boot="another machine's", pid=4711)
@@ -195,3 +201,73 @@ def test_two_in_one_process_are_two(tmp_path):
         Ledger(tmp_path).run_lock.acquire()
     with Ledger(tmp_path).lock():
         assert Ledger(tmp_path).holder() == str(Process.this())
+
+
+@pytest.mark.parametrize(
+    "write", ["responses", "judged", "metrics", "trained", "evaluation", "acts", "weights", "prune"]
+)
+def test_who_was_taken_over_writes_nothing_any_more(tmp_path, blind, write):
+    ledger, folder = Ledger(tmp_path), tmp_path / "rounds/000001"
+    with ledger.lock():
+        unheard(tmp_path, STALE_S + 20)
+        RunLock(tmp_path, me=ELSEWHERE).acquire()
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(LedgerError, match="was taken over by process 4711 on other"):
+            match write:
+                case "responses":
+                    ledger.write_responses(1, 0, [])
+                case "judged":
+                    ledger.write_judged(1, 0)
+                case "metrics":
+                    ledger.write_metrics(1, [{}])
+                case "trained":
+                    ledger.write_trained(1, Trained(steps=[], token_logps=[]))
+                case "evaluation":
+                    ledger.write_evaluation(1, pa.table({}), {})
+                case "acts":
+                    ledger.roll_back(since=1, to=0, guard=None, message="")
+                case "prune":
+                    ledger.prune(3, 1, {}, None)
+                case "weights":
+                    with ledger.weights(1) as (policy, trainer):
+                        (policy / "w").touch()
+                        (trainer / "w").touch()
+        assert [path for path in sorted(tmp_path.rglob("*")) if path != folder and path != folder.parent] == before
+
+
+def test_a_killed_process_that_nobody_has_asked_for_its_end_is_dead(tmp_path, blind):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    killed = dataclasses.replace(Process.this(), pid=child.pid, started=psutil.Process(child.pid).create_time())
+    assert killed.lives()
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # its exit code is still there to be had: a zombie
+    assert not killed.lives()
+    child.wait()
+
+
+def test_an_owner_that_a_full_disk_kept_from_being_written_is_in_nobodys_way(tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    ledger = Ledger(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_lock.os, "fsync", full)
+        with pytest.raises(DiskError, match="no space left"), ledger.lock():
+            pass
+    assert not (tmp_path / OWNER).exists()
+    with ledger.lock():
+        assert ledger.holder() is not None
+
+
+def test_where_the_file_system_has_no_locks_the_owners_file_has_to_do(tmp_path, monkeypatch):
+    def none(self: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(run_lock.FileLock, "acquire", none)
+    first, second = RunLock(tmp_path), RunLock(tmp_path)
+    first.acquire()
+    with pytest.raises(LedgerError, match="in use"):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ from online_po.errors import Interrupted
 from online_po.ledger import Ledger
 from online_po.loop import run_rounds
 from online_po.parts import Parts
-from online_po.stopping import EXIT_CODE
+from online_po.step_checkpoints import StepPlan
+from online_po.stopping import EXIT_CODE, StopSignals
 from tests.fake_run import FakeRun, serving, start
 from tests.fakes import SickLearner, make_config
 from tests.test_loop import content, make_parts
@@ -115,12 +117,20 @@ def test_an_update_ends_at_its_next_step_checkpoint(tmp_path, every):
         return parts
 
     parts = make()
+    update = parts.learner.update
+
+    def waiting(*args):
+        """Steps that take longer than a write."""
+        for step, metrics in enumerate(update(*args), 1):
+            while step % every == 0 and step < 6 and not args[-1].is_written(step):
+                time.sleep(0.001)
+            yield metrics
+
+    parts.learner.update = waiting
     parts.observer.step = lambda round_, metrics: parts.stop.ask()  # at the first
     with pytest.raises(Interrupted):
         run_rounds(parts)
-    assert parts.ledger.last_committed() == 0
-    # Writing goes on beside the learner: it may have made some more steps.
-    assert every <= len(parts.learner.taken) < 6
+    assert parts.ledger.last_committed() == 0 and parts.learner.taken[-1] == (1, every)
     again = make()
     run_rounds(again)
     assert again.learner.taken[0] == (1, every + 1)
@@ -151,3 +161,47 @@ def test_asked_between_two_pieces_the_loop_ends_there(tmp_path, whole, staleness
     else:
         pytest.fail("the run never ended")
     assert content(parts.ledger.root) == content(uninterrupted.ledger.root)
+
+
+def test_what_is_sampled_ahead_is_finished_too(tmp_path):
+    parts = make_parts(make_config(tmp_path, loop__max_staleness=1))
+    update, generate, judged = parts.learner.update, parts.generator.generate, threading.Event()
+
+    def asking(*args):
+        parts.stop.ask()
+        assert judged.wait(30)
+        yield from update(*args)
+
+    def slow(chunks, sampling):
+        for number, item in enumerate(generate(chunks, sampling)):
+            if parts.ledger.is_judged(1):  # of round 2: under way while round 1 is trained
+                judged.set()
+                time.sleep(0.2)
+            yield item
+            del number
+
+    parts.learner.update, parts.generator.generate = asking, slow
+    with pytest.raises(Interrupted):
+        run_rounds(parts)
+    assert parts.ledger.last_committed() == 1
+    assert parts.ledger.has_responses(2, 0) and parts.ledger.has_judgements(2, 0)
+
+
+def test_a_terminal_that_is_gone_keeps_no_run_from_finishing(monkeypatch):
+    """`online-po run ... | tee log`, and Ctrl-C, which ends tee too."""
+
+    def gone(descriptor: int, data: bytes) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with StopSignals() as stop:
+        stop.working, stop.grace_s = True, 60.0
+        monkeypatch.setattr("online_po.stopping.os.write", gone)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked and 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60.0
+        monkeypatch.undo()
+
+
+def test_a_later_checkpoint_is_as_good_as_the_one_that_was_waited_for(tmp_path):
+    plan = StepPlan(folder=tmp_path, every=1)
+    (tmp_path / "000005").mkdir()
+    assert plan.is_written(4) and plan.is_written(5) and not plan.is_written(6)

@@ -12,8 +12,9 @@ import pytest
 
 from judges.questions import Answer
 from judges.store import Call, JudgeStore, prepare, release
-from online_po.errors import LedgerError
-from online_po.judge_cache import SCHEMA_VERSION, connect, judge_statistics
+from online_po.errors import DamagedError, LedgerError
+from online_po.fail_points import VARIABLE
+from online_po.judge_cache import SCHEMA_VERSION, connect, judge_statistics, require_whole
 from online_po.judge_configs.base import BudgetConfig
 
 NO_BUDGET = BudgetConfig()
@@ -293,3 +294,31 @@ def test_no_text_of_a_question_is_in_the_file(cache, store):
             for _, column, *_ in connection.execute(f"PRAGMA table_info({table})").fetchall()
         }
     assert not columns & {"prompt", "response", "text", "identity", "api_key", "message"}
+
+
+@pytest.mark.parametrize("point", ["judge_cache.opened", "judge_cache.prepared"])
+def test_killed_while_it_is_opened_it_is_not_taken_for_damaged(tmp_path, point):
+    path = tmp_path / "judge_cache.sqlite"
+    prepare(path)
+    release(path)
+    require_whole(path)
+    code = "import sys; from pathlib import Path; from judges.store import prepare; prepare(Path(sys.argv[1]))"
+    ended = subprocess.run([sys.executable, "-c", code, str(path)], env={**os.environ, VARIABLE: point})
+    assert ended.returncode == -signal.SIGKILL
+    require_whole(path)
+    prepare(path)
+    release(path)
+    require_whole(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedError):
+        require_whole(path)
+
+
+def test_an_answer_with_the_seals_own_words_harms_nothing(cache, store):
+    answer = Answer(value=1.0, rationale="online-po seal of approval")
+    asyncio.run(store.finish(ok(), key("q"), answer))
+    store.close()
+    release(cache)
+    require_whole(cache)
