@@ -63,9 +63,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _make_folder(temporary)
             yield temporary
             fail_point("folder.written", path)
-            for file in sorted(temporary.rglob("*")):
-                _fsync(file)
-            _fsync(temporary)
+            sync_folder(temporary)
             fail_point("folder.synced", path)
             remove_folder(path)
             fail_point("folder.cleared", path)
@@ -76,6 +74,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         fail_point("folder.renamed", path)
         _fsync(path.parent)
         fail_point("folder.durable", path)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes all that is in a folder durable."""
+    with explained(path):
+        for file in sorted(path.rglob("*")):
+            _fsync(file)
+        _fsync(path)
 
 
 def remove_folder(path: Path) -> None:

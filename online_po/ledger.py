@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -340,6 +341,11 @@ class Ledger(Pieces):
             for written in (policy, trainer):
                 self._require_arrived(round_, written)
             self.run_lock.require_held()
+            with ThreadPoolExecutor(1) as pool:  # hashed while the disk writes
+                hashing = pool.submit(self.weight_hashes, policy=policy, trainer=trainer)
+                for written in (policy, trainer):
+                    files.sync_folder(written)
+                self._hashed[round_] = hashing.result()
 
     @contextmanager
     def blended_weights(self, round_: int) -> Iterator[Path]:

@@ -33,8 +33,6 @@ from online_po.types import Group, Judgement, Prompt
 LogpKind = Literal["reference", "start"]
 ExampleKind = Literal["pairs", "labels"]
 EXAMPLE_NOTES = b"notes"
-WRITTEN_BY_SAVE = ("policy", "trainer")
-"""Folders of a round that the learner saves."""
 
 
 class ExamplesWriter:
@@ -57,6 +55,7 @@ class Pieces:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._hashed: dict[int, dict[str, str]] = {}
         self.run_lock = RunLock(root)
         """Asked before each write: who was taken for dead and comes back must not write over the new owner's."""
 
@@ -168,9 +167,11 @@ class Pieces:
         deleted; the one before them is taken."""
         folder = self.round_dir(round_).absolute() / STEPS
         if (record := self._trained(round_)) is not None:
-            if self.weight_hashes(round_, WRITTEN_BY_SAVE) == record["files"]:
-                tell(f"round {round_} was trained and saved already")
-                return StepPlan(folder=folder, every=every, trained=Trained(**record["trained"]))
+            root = self.round_dir(round_)
+            if self.weight_hashes(policy=root / "policy", trainer=root / "trainer") == record["files"]:
+                trained = Trained(**record["trained"])
+                tell(f"round {round_} was saved after its last step, {len(trained.steps)}; it is not trained again")
+                return StepPlan(folder=folder, every=every, trained=trained)
             tell(f"the weights that round {round_} saved are not as they were written: it is trained again")
             (folder / TRAINED).unlink()
         found, damaged = newest_whole(folder)
@@ -182,21 +183,25 @@ class Pieces:
         return StepPlan(folder=folder, every=every, after=found)
 
     def write_trained(self, round_: int, trained: Trained) -> None:
-        """Once the round's weights are saved: a start after this trains it no more."""
+        """Once the round's weights are saved (`Ledger.weights`): a start after this trains it no more."""
         self.run_lock.require_held()
-        record = {"trained": asdict(trained), "files": self.weight_hashes(round_, WRITTEN_BY_SAVE)}
+        record = {"trained": asdict(trained), "files": self._hashed.pop(round_)}
         files.write_json(self.round_dir(round_) / STEPS / TRAINED, record)
 
     def _trained(self, round_: int) -> dict[str, Any] | None:
         path = self.round_dir(round_) / STEPS / TRAINED
         return files.read_json(path) if path.exists() and files.is_whole(path) else None
 
-    def weight_hashes(self, round_: int, folders: Sequence[str]) -> dict[str, str]:
-        """Path in the round's folder -> sha256, of all files in these folders of it."""
-        root = self.round_dir(round_)
-        paths = [path for name in folders for path in sorted((root / name).rglob("*")) if path.is_file()]
-        with files.explained(root):
-            return dict(zip((str(path.relative_to(root)) for path in paths), files.sha256(paths), strict=True))
+    def weight_hashes(self, **folders: Path) -> dict[str, str]:
+        """Path in a round's folder -> sha256, of all files in these folders of it, by their names there."""
+        found = {
+            f"{name}/{path.relative_to(folder)}": path
+            for name, folder in folders.items()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        with files.explained(self.root):
+            return dict(zip(found, files.sha256(list(found.values())), strict=True))
 
     def write_metrics(self, round_: int, rows: list[dict[str, Any]]) -> None:
         self.run_lock.require_held()

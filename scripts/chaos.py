@@ -43,6 +43,7 @@ from chaos_kills import (
     Trial,
     Whole,
     count_pieces,
+    count_steps,
     every_point,
     flip_a_byte,
     may_be_remade,
@@ -108,7 +109,7 @@ class Chaos:
             if code != -signal.SIGKILL:
                 trial.wrong.append(f"{kill.row}: the run ends with {code}, see {folder / 'log'}")
                 return trial
-            kill.happened = True
+            kill.happened, kill.log = True, (folder / "log").stat().st_size
             whole_then.append((kill, pieces(run)))
             if kill.damage:
                 flip_a_byte(run)
@@ -126,6 +127,7 @@ class Chaos:
             wasted = [name for name in kill.redone if not may_be_remade(name, then)]
             if wasted and not damaged:
                 trial.wrong.append(f"{kill.row}: durable, but made again: {', '.join(wasted[:5])}")
+        count_steps([kill for kill, _ in whole_then], (folder / "log").read_bytes())
         if not trial.wrong:
             shutil.rmtree(folder)
         return trial
@@ -272,11 +274,11 @@ def warm_up(folder: Path) -> None:
 
 def show(trials: Sequence[Trial], chaos: Chaos) -> None:
     """Prints the table, and what is wrong."""
-    shown = Table("fail point", "kills", "pieces reused", "pieces redone", "mismatches")
+    shown = Table("fail point", "kills", "pieces reused", "pieces redone", "steps reused", "mismatches")
     for name, row in (table := table_of(trials)).items():
-        shown.add_row(name, *(str(row[key]) for key in ("kills", "reused", "redone", "mismatches")))
+        shown.add_row(name, *(str(row[key]) for key in ("kills", "reused", "redone", "steps", "mismatches")))
     # A trial counts once in the sum, however often it was killed.
-    totals = [sum(row[key] for row in table.values()) for key in ("kills", "reused", "redone")]
+    totals = [sum(row[key] for row in table.values()) for key in ("kills", "reused", "redone", "steps")]
     wrong = [trial for trial in trials if trial.wrong]
     shown.add_section()
     shown.add_row(f"all, in {len(trials)} runs", *map(str, totals), str(len(wrong)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,10 @@ class Kill:
     damage: bool = False
     """A byte of a response part is flipped afterwards, so that the next start has something to drop."""
     happened: bool = False
+    log: int = 0
+    """Bytes that the run had said by then."""
+    steps: int = 0
+    """Optimizer steps of unfinished rounds that the next start did not make again."""
     reused: int = 0
     """Pieces that were whole at the kill and are the same files in the finished run."""
     redone: list[str] = field(default_factory=list)
@@ -133,6 +138,17 @@ def count_pieces(kill: Kill, then: dict[str, tuple[int, int]], at_end: dict[str,
     kill.redone = sorted(name for name, file in then.items() if file not in kept and name in at_end)
 
 
+def count_steps(kills: Sequence[Kill], log: bytes) -> None:
+    """How many optimizer steps each kill's next start took over, by what it said."""
+    for kill, following in zip(kills, [*kills[1:], None], strict=True):
+        said = log[kill.log : following.log if following is not None else None]
+        text = " ".join(said.decode(errors="replace").split())  # a terminal's lines may be broken
+        kill.steps = sum(
+            int(step)
+            for step in re.findall(r"round \d+ (?:trains on after|was saved after its last) step,? (\d+)", text)
+        )
+
+
 def may_be_remade(name: str, then: Collection[str]) -> bool:
     """Whether a piece may be made again although it was whole. `then`: what was whole at the kill."""
     path = Path(name)
@@ -156,11 +172,18 @@ def flip_a_byte(run: Path) -> None:
 
 
 def table_of(trials: Sequence[Trial]) -> dict[str, dict[str, int]]:
-    """Fail point -> kills, pieces reused, pieces redone, runs killed there that came out wrong."""
+    """Fail point -> kills, pieces reused, pieces redone, optimizer steps reused, runs killed there that came out
+    wrong."""
     rows: dict[str, Counter[str]] = {}
     for trial in trials:
         for kill in trial.kills:
             if kill.happened:
-                row = rows.setdefault(kill.row, Counter(kills=0, reused=0, redone=0, mismatches=0))
-                row.update(kills=1, reused=kill.reused, redone=len(kill.redone), mismatches=bool(trial.wrong))
+                row = rows.setdefault(kill.row, Counter(kills=0, reused=0, redone=0, steps=0, mismatches=0))
+                row.update(
+                    kills=1,
+                    reused=kill.reused,
+                    redone=len(kill.redone),
+                    steps=kill.steps,
+                    mismatches=bool(trial.wrong),
+                )
     return {name: dict(rows[name]) for name in sorted(rows)}

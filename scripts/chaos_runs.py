@@ -22,7 +22,7 @@ from online_po.fail_points import fail_point
 from online_po.judge_trials import try_judge
 from online_po.ledger import Ledger
 from online_po.loop import run_rounds
-from online_po.observers import PhaseTimer
+from online_po.observers import PhaseTimer, Silent
 from online_po.parts import Parts
 from online_po.plan import Plan
 from online_po.protocols import Observer
@@ -113,10 +113,17 @@ def run_here(config: Config, engine: EngineName) -> bool:
     # What else `launch.run` does, from the plan to the report, is the real thing.
     setattr(launch, "_run_with_actors", run_with_parts)  # noqa: B010
     try:
-        launch.run(config)
+        launch.run(config, [Saying()])
     except GuardError:
         return False
     return True
+
+
+class Saying(Silent):
+    """Prints what the run says."""
+
+    def message(self, text: str) -> None:
+        print(text, flush=True)
 
 
 def make_parts(

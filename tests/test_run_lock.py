@@ -221,6 +221,7 @@ def test_who_was_taken_over_writes_nothing_any_more(tmp_path, blind, write):
                 case "metrics":
                     ledger.write_metrics(1, [{}])
                 case "trained":
+                    ledger._hashed[1] = {}
                     ledger.write_trained(1, Trained(steps=[], token_logps=[]))
                 case "evaluation":
                     ledger.write_evaluation(1, pa.table({}), {})

@@ -158,11 +158,23 @@ def test_what_may_be_made_again(name, then, may):
     assert chaos_kills.may_be_remade(name, then) == may
 
 
+def test_steps_that_were_taken_over_are_counted_by_what_the_next_start_said():
+    kills = [Kill(log=6), Kill(log=60)]
+    first = b"begin\nround 2 trains on\nafter step 3\nand so on"
+    log = (
+        first.ljust(60) + b"round 2 was saved after its last step, 4; it is not\nround 3 trains on from its first step"
+    )
+    chaos_kills.count_steps(kills, log)
+    assert [kill.steps for kill in kills] == [3, 4]
+
+
 def test_the_table_counts_by_fail_point():
     first = Trial(shape="ahead", kills=[Kill(point="learn.step:2", happened=True, reused=5, redone=["x"]), Kill()])
-    second = Trial(shape="ahead", kills=[Kill(point="learn.step", happened=True, reused=2)], wrong=["y: 1 there"])
+    second = Trial(
+        shape="ahead", kills=[Kill(point="learn.step", happened=True, reused=2, steps=4)], wrong=["y: 1 there"]
+    )
     third = Trial(shape="ahead", kills=[Kill(seconds=0.5, happened=True)])
     assert chaos_kills.table_of([first, second, third]) == {
-        "learn.step": {"kills": 2, "reused": 7, "redone": 1, "mismatches": 1},
-        "random time": {"kills": 1, "reused": 0, "redone": 0, "mismatches": 0},
+        "learn.step": {"kills": 2, "reused": 7, "redone": 1, "steps": 4, "mismatches": 1},
+        "random time": {"kills": 1, "reused": 0, "redone": 0, "steps": 0, "mismatches": 0},
     }
