@@ -16,6 +16,7 @@ Exits with 1 if a file differs, if a piece that was durable was made again, or i
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import random
@@ -27,6 +28,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -265,7 +267,7 @@ def warm_up(folder: Path) -> None:
     import online_po.learner  # noqa: F401
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=folder) as warm:
+    with tempfile.TemporaryDirectory(dir=folder) as warm, redirect_stdout(io.StringIO()):
         run_here(make_config(Path(warm), "ahead", "fakes", folder / "model"), "fakes")
 
 

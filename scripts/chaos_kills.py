@@ -140,8 +140,9 @@ def count_pieces(kill: Kill, then: dict[str, tuple[int, int]], at_end: dict[str,
 
 def count_steps(kills: Sequence[Kill], log: bytes) -> None:
     """How many optimizer steps each kill's next start took over, by what it said."""
-    for kill, following in zip(kills, [*kills[1:], None], strict=True):
-        said = log[kill.log : following.log if following is not None else None]
+    ends = [*(kill.log for kill in kills[1:]), len(log)]
+    for kill, end in zip(kills, ends, strict=False):  # without a kill there is one end too many
+        said = log[kill.log : end]
         text = " ".join(said.decode(errors="replace").split())  # a terminal's lines may be broken
         kill.steps = sum(
             int(step)
