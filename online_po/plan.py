@@ -289,6 +289,7 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
     if config.guards.rolling_back:
         # What a roll-back takes out of the run keeps its weights: usually two rounds, and those made ahead.
         kept += (config.guards.max_roll_backs + 1) * (2 + loop.max_staleness)
+    best = weights if config.eval.every > 0 and learner.lora is None else 0
     # References of kept rounds beside their own policies: means, and one policy from before.
     references = {"ema": kept + 1, "kl": 1, "refresh": int(config.reference.every > 1)}.get(kind, 0)
     # Text, token ids and float32 logps, compressed: about 10 bytes a token.
@@ -300,7 +301,7 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
         learner=copies * weights / learner.ranks + (stepwise if on_cpu(config) else 0),
         generator=shape.parameters * BYTES[engine_dtype(config)] / generator.tensor_parallel + cache,
         judge=_judge_memory(config),
-        disk=kept * saved + (KEPT + 1) * stepwise + references * saved / 3 + data,
+        disk=kept * saved + (KEPT + 1) * stepwise + references * saved / 3 + best + data,
         round=RoundBytes(
             weights=saved + (saved // 3 if kind == "ema" else 0),
             data=data // loop.rounds,

@@ -42,7 +42,7 @@ class Retention:
         for judge in self_judges(self.config.judge):
             if isinstance(judge.policy, int) and judge.policy <= newest:
                 needed[judge.policy].add("policy")
-        best = self._best(newest) if self._keeps_best else None
+        best = self._best(newest)
         if best:
             needed[best].add("policy")
             if "over_optimisation" in guards.rolling_back:
@@ -56,10 +56,6 @@ class Retention:
             for version in range(best - staleness, best):
                 needed[version].add("policy")
         return needed
-
-    @property
-    def _keeps_best(self) -> bool:
-        return self.config.eval.early_stop is not None or "over_optimisation" in self.config.guards.rolling_back
 
     def _best(self, newest: int) -> int | None:
         """The best policy of those that were evaluated for certain when round `newest` was committed, so that what is

@@ -254,7 +254,8 @@ class CheckpointConfig(Section):
         2,
         ge=1,
         description="Newest rounds that keep weights and optimizer state; older ones keep their data only, "
-        "except a policy that the reference still needs. null keeps every round's.",
+        "except the best policy by its held-out score, and one that the reference still needs. null keeps every "
+        "round's.",
     )
     every_steps: int | None = Field(
         None,

@@ -176,9 +176,12 @@ def falls_ill(update: Any, ledger: Ledger) -> Any:
     """A learner's `update` that gives guards something to see. What it does depends on the ledger alone."""
 
     def ill(round_: int, *args: Any) -> Iterator[dict[str, float]]:
+        *others, plan = args
+        if round_ == STOPPING_ROUND:  # a step checkpoint would hold the entropy that the learner measured
+            plan = replace(plan, every=None)
         if round_ == ILL_ROUND and ledger.attempt(round_) == 0:
             raise NonFiniteError(f"round {round_}, step 1: loss is nan; the step was not applied")
-        for metrics in update(round_, *args):
+        for metrics in update(round_, *others, plan):
             entropy = 0.1 if round_ == STOPPING_ROUND else 1.0
             yield metrics | {"entropy": entropy, "tokens": metrics.get("tokens", 1.0)}
 
