@@ -314,9 +314,11 @@ class Config(Section):
                 "model": {"path", "revision"},
                 "prompts": {"path", "dataset", "subset", "split", "heldout_path"},
                 "pairs": {"seed_path"},
-                "generator": {"replicas", "threads", "gpu_memory_utilization", "cpu_kv_cache_gib", "sync_tolerance"},
+                "generator": {"replicas", "threads", "gpu_memory_utilization", "cpu_kv_cache_gib", "sync_tolerance"}
+                # What is lowered where memory runs out: a run goes on with less.
+                | {"max_num_seqs", "max_model_len"},
                 "judge": True,
-                "learner": {"threads"},
+                "learner": {"threads", "micro_batch_tokens", "gradient_checkpointing"},
             },
         )
         rolling = self.guards.model_dump(mode="json", include=set(self.guards.rolling_back))
