@@ -295,8 +295,8 @@ class Config(Section):
         return Path(self.run.dir) / self.run.name
 
     def identity(self) -> dict[str, Any]:
-        """Everything that shapes the run's results. Where it lies, what it runs on, and bounds that stop it may
-        differ between two starts.
+        """Everything that shapes the run's results. Where it lies, what it runs on and with how much memory, and bounds
+        that stop it may differ between two starts.
 
         Model, prompts, seed pairs and what the judge reads are compared by content, see `Ledger.require_same`: prompts
         and pairs by a hash of all they say and of their tokens, the model by its config and the sizes of its weights,

@@ -15,9 +15,9 @@ from actors.learners import LearnerGroup
 from actors.supervision import Supervisor
 from make_tiny_model import make_tiny_model
 from online_po.config import Config
-from online_po.errors import LearnerLostError, LearnerMemoryError
+from online_po.errors import EngineError, LearnerLostError, LearnerMemoryError
 from online_po.types import Policy
-from tests.fakes import FakeObserver
+from tests.fakes import FakeObserver, make_config
 from tests.learner_setup import collect_logps, make_pairs
 
 pytestmark = pytest.mark.distributed
@@ -74,6 +74,29 @@ def test_ranks_that_stand_still_are_all_named(tmp_path: Path) -> None:
         two.group.close()
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_the_machine_had_no_memory_for_is_counted_and_has_less_to_do(
+    tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its processes."""
+    begun: list[int] = []
+    monkeypatch.setattr(LearnerGroup, "_start", lambda self: begun.append(self._micro_batch_tokens))
+    monkeypatch.setattr(LearnerGroup, "_ready", lambda self, timeout: None)
+    monkeypatch.setattr(LearnerGroup, "close", lambda self: None)
+    config = make_config(tmp_path, learner__ranks=ranks, learner__micro_batch_tokens=100, ray={"max_restarts": 2})
+    observer = FakeObserver()
+    group = LearnerGroup(config, Supervisor(config, observer))
+    killed = LearnerLostError("rank 0 is dead: its machine was running out of memory", memory=True)
+    group.restart(killed)
+    group._held_tokens = 30  # it has halved them itself meanwhile
+    group.restart(killed)
+    group.restart(LearnerLostError("rank 1 ran out of memory", memory=True, smaller=6))
+    assert begun == [100, 50, 15, 6]
+    assert "its micro-batches hold 50 tokens instead of 100" in observer.messages[0]
+    with pytest.raises(EngineError, match="the learner was started again 2 times"):
+        group.restart(killed)
+
+
 def test_ranks_without_memory_begin_again_with_less_to_do_at_once(tmp_path: Path) -> None:
     two = Two(tmp_path)
 
@@ -103,10 +126,6 @@ def test_ranks_without_memory_begin_again_with_less_to_do_at_once(tmp_path: Path
         assert f"hold {again[0]['micro_batch_tokens']:.0f} tokens instead of 4096" in told
         for step, other in zip(whole, again, strict=True):
             assert other["loss"] == pytest.approx(step["loss"], rel=1e-4)
-        # A process that the machine's monitor killed: halved again, and counted.
-        two.group.restart(LearnerLostError("rank 0 is dead: its machine was running out of memory", memory=True))
-        assert list(two.group._supervisor._restarts) == ["the learner"]
-        assert two.group._micro_batch_tokens == again[0]["micro_batch_tokens"] // 2
         two.on_rank_1(no_memory_to_save)
         with pytest.raises(
             LearnerMemoryError, match=r"out of memory in `save` \(OutOfMemoryError: CUDA.*learner\.lora"
