@@ -15,9 +15,9 @@ from ray.exceptions import RayError, RayTaskError
 from actors import cluster
 from actors.engines import check_engine, environment
 from actors.replica import EngineMemoryError, GeneratorReplica, one_line
-from actors.supervision import PULSE_GROUP, ActorLostError, Supervisor, death, out_of_memory
+from actors.supervision import PULSE_GROUP, ActorLostError, Supervisor, death
 from online_po.config import Config
-from online_po.errors import EngineError, OnlinePOError, SyncError
+from online_po.errors import EngineError, OnlinePOError, SyncError, is_out_of_memory
 from online_po.sections import SamplingConfig
 from online_po.types import Group, Policy, Probe, Request, SyncReport
 
@@ -64,10 +64,10 @@ class _Chunk:
 class GeneratorGroup:
     """Implements `online_po.protocols.Generator` over `generator.replicas` actors.
 
-    A replica that dies, hangs, or whose engine fails is replaced by a new actor, which loads what the replicas hold and
-    proves it before anything of it counts; what it had in hand is handed out again, whole chunks, so that the same
-    batches give the same responses. One that runs out of memory comes back with half of `generator.max_num_seqs`.
-    All of it may happen in any thread.
+    A replica that dies, hangs, or whose engine fails (to load weights, too) is replaced by a new actor, which loads
+    what the replicas hold and proves it before anything of it counts; what it had in hand is handed out again, whole
+    chunks, so that the same batches give the same responses. One that runs out of memory comes back with half of
+    `generator.max_num_seqs`. All of it may happen in any thread.
 
     Construction returns at once; `ready` waits for the engines. Raises ConfigError if the engine is not installed.
     `supervisor`: the run's; None: one of its own.
@@ -175,7 +175,7 @@ class GeneratorGroup:
         # gain: Ray 2.60 then waits 30 s for the missing call and fails the ones behind it.
 
     def sync(self, policy: Policy, probe: Probe) -> list[SyncReport]:
-        """See `online_po.protocols.Generator`. Replicas load side by side."""
+        """See `online_po.protocols.Generator`. Replicas load side by side. EngineError if one fails too often."""
         with self._lock:
             self._held = policy, probe
             asked = [(replica, replica.actor.sync.remote(policy, probe)) for replica in self._replicas]
@@ -258,9 +258,9 @@ class GeneratorGroup:
             if self._replicas[replica.number] is not replica:
                 return self._replicas[replica.number]
             sequences = replica.sequences
-            if lost.memory:
+            if lost.memory and (replica.sequences > 1 or not lost.counts):
                 sequences = self._fewer(replica, lost)
-            else:
+            if lost.counts:
                 self._supervisor.lost(replica.name, str(lost))
             self._supervisor.end(replica.actor)
             self._replicas[replica.number] = self._make(replica.number, sequences, why=str(lost))
@@ -270,13 +270,15 @@ class GeneratorGroup:
         """Half of the sequences that a replica decoded at the same time. Raises EngineError where that is one."""
         if replica.sequences == 1:
             raise EngineError(
-                f"{replica.name} runs out of memory with a single sequence: {lost}. Lower generator.max_tokens or "
-                "generator.max_model_len, or give it more memory; what was finished is kept, resume to go on"
+                f"{replica.name} runs out of memory with a single sequence: {lost}. Give it more memory, or go on with "
+                "`online-po run CONFIG generator.max_model_len=...` and less than now; a new run can have a lower "
+                "generator.max_tokens. What was finished is kept"
             )
         fewer = replica.sequences // 2
         self._supervisor.tell(
             f"{replica.name} ran out of memory with {replica.sequences} sequences at the same time ({lost}); it is "
-            f"started again with {fewer}. Set generator.max_num_seqs: {fewer}"
+            f"started again with {fewer}. To go on with that after a stop: `online-po run CONFIG "
+            f"generator.max_num_seqs={fewer}`"
         )
         return fewer
 
@@ -285,12 +287,7 @@ class GeneratorGroup:
         ActorLostError if it does not start, SyncError if it holds anything else."""
         if replica.ready:
             return
-        try:
-            dtype, report = self._get(replica, replica.starting)
-        except EngineError as error:
-            if replica.why is None:
-                raise
-            raise ActorLostError(str(error)) from error
+        dtype, report = self._get(replica, replica.starting)
         with self._lock:
             if replica.ready:
                 return
@@ -315,19 +312,21 @@ class GeneratorGroup:
             self._supervisor.end(replica.actor)
 
     def _get(self, replica: _Replica, ref: Any) -> Any:
-        """An actor's answer, or its error as ours. Raises ActorLostError where it can give none."""
+        """An actor's answer, or its error as ours. Raises ActorLostError where it can give none, or after which its
+        engine is in no known state: any error of one that had started, but for weights that are not those asked for."""
         try:
             return ray.get(ref)
         except RayTaskError as error:
             if isinstance(error.cause, EngineMemoryError):
-                raise ActorLostError(str(error.cause), memory=True) from None
+                raise ActorLostError(str(error.cause), memory=True, counts=False) from None
+            if isinstance(error.cause, EngineError) and (replica.ready or replica.why is not None):
+                raise ActorLostError(str(error.cause)) from None
             if isinstance(error.cause, OnlinePOError):
                 raise error.cause from None
-            # After an error that nobody meant, an engine is in no known state.
             raise ActorLostError(f"its engine failed: {one_line(error.cause)}") from error
         except RayError as error:
             cause = self._supervisor.why(replica.actor, death(error))
-            raise ActorLostError(cause, memory=out_of_memory(error)) from error
+            raise ActorLostError(cause, memory=is_out_of_memory(error)) from error
 
 
 def _with_generator(config: Config, **settings: Any) -> Config:

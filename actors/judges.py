@@ -23,7 +23,7 @@ from actors.vllm_reward import load_reward_model
 from judges.asking import Asker
 from judges.calls import describe
 from judges.runtime import build_judge, close_judge, judge_groups, remembers, shown
-from judges.store import JudgeStore, prepare, release
+from judges.store import JudgeStore, disown, prepare, release
 from online_po.config import Config
 from online_po.errors import BudgetError, EngineError, OnlinePOError
 from online_po.judge_configs import JudgeBase
@@ -37,6 +37,8 @@ class _Process:
 
     number: int
     actor: Any
+    owner: str
+    """What it is called in the judge cache: no two processes of a run are the same."""
     load: int = 0
     """Groups it was asked about and has not answered."""
 
@@ -77,6 +79,7 @@ class JudgeGroup:
             self._cache = Ledger(config.run_dir.absolute()).judge_cache
             prepare(self._cache, nodes=sum(node["Alive"] for node in ray.nodes()))
         self._lock = threading.Lock()
+        self._made = 0
         self._closed = False
         self._starting: _Process | None = None
         """What starts in a dead one's place."""
@@ -85,11 +88,13 @@ class JudgeGroup:
         self._processes = [self._make(number) for number in range(count)]
 
     def _make(self, number: int) -> _Process:
+        self._made += 1
+        owner = f"judge process {number}, the {self._made}. made"
         actor = self._actor.options(**self._place.options("judge", number)).remote(
-            self._config.judge, self._search_path, self._cache
+            self._config.judge, self._search_path, self._cache, owner
         )
         self._supervisor.watch.add(f"judge process {number}", actor)
-        return _Process(number=number, actor=actor)
+        return _Process(number=number, actor=actor, owner=owner)
 
     def ready(self, timeout: float) -> None:
         """Waits until every process has its judge.
@@ -163,6 +168,8 @@ class JudgeGroup:
             cause = self._supervisor.why(process.actor, death(error))
             self._supervisor.lost(name, cause)
             self._supervisor.end(process.actor)
+            if self._cache is not None:  # or whoever is asked the same would wait for its answers
+                disown(self._cache, process.owner)
             new = self._make(process.number)
             with self._lock:  # never around calls of Ray: its thread may wait for the lock
                 closed, self._starting = self._closed, new
@@ -172,9 +179,10 @@ class JudgeGroup:
             try:
                 ray.get(new.actor.ready.remote())  # for as long as the watch lets it
             except RayTaskError as failed:
+                self._supervisor.end(new.actor)
                 raise _meant(failed) from failed
             except RayError as died:
-                process.actor, error = new.actor, died
+                process.actor, process.owner, error = new.actor, new.owner, died
                 continue
             with self._lock:
                 self._processes[process.number], self._starting = new, None
@@ -225,9 +233,10 @@ class JudgeGroup:
 class _JudgeWorker:
     """One judge process: an asynchronous actor, so that calls of many groups overlap."""
 
-    def __init__(self, config: JudgeBase, search_path: list[str], cache: Path | None) -> None:
-        self._config, self._cache = config, cache
+    def __init__(self, config: JudgeBase, search_path: list[str], cache: Path | None, owner: str) -> None:
+        self._config, self._cache, self._owner = config, cache, owner
         self._store: JudgeStore | None = None
+        self._starting: asyncio.Task[None] | None = None
         self._progress = Progress()
         sys.path.extend(folder for folder in search_path if folder not in sys.path)
 
@@ -236,14 +245,17 @@ class _JudgeWorker:
         return self._progress.pulse()
 
     async def ready(self) -> None:
+        """Builds the judge, once, however often it is called."""
+        if self._starting is None:
+            self._starting = asyncio.ensure_future(self._start())
         with self._progress.at("start"):
-            await self._start()
+            await self._starting
 
     async def _start(self) -> None:
         # Importing the user's module, or loading a model, may take long; the actor's event loop stays free. Not in the
         # constructor: an error there would reach the driver as text only.
         if self._cache is not None:
-            self._store = JudgeStore(self._cache)
+            self._store = JudgeStore(self._cache, self._owner)
         self._asker = Asker(self._config, self._store, workers=self._config.workers)
         self._judge: Any = await asyncio.to_thread(
             build_judge, self._config, self._asker, make_scorer=load_reward_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,17 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors import cluster
-from actors.supervision import PULSE_GROUP, Progress, Pulse, Supervisor, death, out_of_memory
+from actors.supervision import PULSE_GROUP, Progress, Pulse, Supervisor, death
 from online_po.batching import COLUMNS
 from online_po.config import Config
-from online_po.errors import LearnerLostError, NonFiniteError, OnlinePOError, first_line
+from online_po.errors import (
+    LearnerLostError,
+    LearnerMemoryError,
+    NonFiniteError,
+    OnlinePOError,
+    first_line,
+    is_out_of_memory,
+)
 from online_po.step_checkpoints import StepPlan
 from online_po.types import Policy
 
@@ -31,8 +39,9 @@ BLAME_SECONDS = 5.0
 class _Rank:
     """One rank in its own process."""
 
-    def __init__(self, config: Config, rank: int, threads: int) -> None:
+    def __init__(self, config: Config, rank: int, threads: int, micro_batch_tokens: int) -> None:
         self.config, self.rank, self.threads = config, rank, threads
+        self.micro_batch_tokens = micro_batch_tokens
         self.progress = Progress()
 
     @ray.method(concurrency_group="pulse")
@@ -47,7 +56,7 @@ class _Rank:
 
     def start(self, meeting: tuple[str, int] | None) -> None:
         """Joins the other ranks, if there are any, and loads the model."""
-        with self.progress.at("start"):
+        with self._at("start"):
             self._start(meeting)
 
     def _start(self, meeting: tuple[str, int] | None) -> None:
@@ -76,22 +85,39 @@ class _Rank:
             seed=self.config.run.seed,
             rounds=self.config.loop.rounds,
             skip_nonfinite=self.config.guards.nonfinite.action == "warn",
+            micro_batch_tokens=self.micro_batch_tokens,
+            tick=self.progress.tick,
         )
 
-    def call(self, method: str, *args: Any) -> Any:
+    @contextmanager
+    def _at(self, method: str) -> Iterator[None]:
+        """Around a call. What the learner itself did not do with less memory, it cannot."""
         with self.progress.at(method):
+            try:
+                yield
+            except Exception as error:  # libraries raise many types here
+                if isinstance(error, OnlinePOError) or not is_out_of_memory(error):
+                    raise
+                raise LearnerMemoryError(
+                    f"the learner ran out of memory in `{method}` ({type(error).__name__}: {first_line(error)}), where "
+                    "smaller micro-batches do not help; give it more memory, or start a new run with learner.lora or "
+                    "more learner.ranks. What was finished is kept"
+                ) from error
+
+    def call(self, method: str, *args: Any) -> Any:
+        with self._at(method):
             return getattr(self.learner, method)(*args)
 
     def stream(self, method: str, *args: Any) -> Iterator[Any]:
         """Rank 0's answers, one by one."""
-        with self.progress.at(method):
+        with self._at(method):
             for answer in getattr(self.learner, method)(*args):
                 self.progress.tick()
                 yield answer
 
     def follow(self, method: str, *args: Any) -> None:
         """The same work on another rank; its answers are rank 0's, and are dropped."""
-        with self.progress.at(method):
+        with self._at(method):
             for _ in getattr(self.learner, method)(*args):
                 self.progress.tick()
 
@@ -111,7 +137,8 @@ class LearnerGroup:
 
     Ranks start to load when the group is made; `ready` waits for them. An error that a rank raised on purpose is raised
     here as it was raised there. Where a rank dies or hangs, or fails otherwise, the group ends (others may wait for it
-    forever) with LearnerLostError, and `restart` makes a new one. `supervisor`: the run's; None: one of its own.
+    forever) with LearnerLostError, and `restart` makes a new one: with smaller micro-batches, where one of several
+    ranks ran out of memory, or the machine of any. `supervisor`: the run's; None: one of its own.
     """
 
     def __init__(self, config: Config, supervisor: Supervisor | None = None) -> None:
@@ -126,16 +153,25 @@ class LearnerGroup:
             "TOKENIZERS_PARALLELISM": "false",
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic matrix products on GPUs need
         }
+        if config.ray.address is None:
+            # Left to themselves they listen where the host's name leads.
+            environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         if self._place.learner == 0:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves the GPUs visible to an actor that asked for none
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "runtime_env": {"env_vars": environment}}
         self._actor = ray.remote(**options, concurrency_groups=PULSE_GROUP)(_Rank)
+        self._micro_batch_tokens = config.learner.micro_batch_tokens
+        """What ranks begin with."""
+        self._held_tokens = self._micro_batch_tokens
+        """What they were last heard to hold."""
         self._start()
 
     def _start(self) -> None:
         ranks = range(self._config.learner.ranks)
         self._ranks = [
-            self._actor.options(**self._place.options("learner", rank)).remote(self._config, rank, self._threads)
+            self._actor.options(**self._place.options("learner", rank)).remote(
+                self._config, rank, self._threads, self._micro_batch_tokens
+            )
             for rank in ranks
         ]
         for rank, actor in enumerate(self._ranks):
@@ -174,7 +210,10 @@ class LearnerGroup:
         """See `online_po.protocols.Learner.restart`."""
         began = time.monotonic()
         while True:
-            self._supervisor.lost("the learner", str(lost))
+            if lost.memory:
+                self._halve(lost)
+            if lost.smaller is None:
+                self._supervisor.lost("the learner", str(lost))
             self.close()
             self._start()
             try:
@@ -184,6 +223,17 @@ class LearnerGroup:
                 continue
             self._supervisor.back("the learner", str(lost), time.monotonic() - began)
             return
+
+    def _halve(self, lost: LearnerLostError) -> None:
+        """Smaller micro-batches from here on."""
+        before = min(self._micro_batch_tokens, self._held_tokens)
+        # Ranks that ran out of memory say what fits, where anything does; a process that was killed says nothing.
+        self._micro_batch_tokens = self._held_tokens = max(1, min(lost.smaller or before, before // 2))
+        self._supervisor.tell(
+            f"the learner ran out of memory ({lost}); its micro-batches hold {self._micro_batch_tokens} tokens instead "
+            f"of {before} (learner.micro_batch_tokens: {self._config.learner.micro_batch_tokens}) from here on. Where "
+            "that does not help: `online-po run CONFIG learner.gradient_checkpointing=true`"
+        )
 
     def logps(self, examples: pa.Table, policy: Policy) -> Iterator[dict[str, np.ndarray]]:
         """See `online_po.protocols.Learner.logps`."""
@@ -201,7 +251,9 @@ class LearnerGroup:
     ) -> Iterator[dict[str, float]]:
         """See `online_po.protocols.Learner.update` and `online_po.learner.TorchLearner.update`."""
         table, reference, start = (ray.put(value) for value in (_needed(examples), reference_logps, start_logps))
-        return self._stream("update", round_, table, reference, start, betas, new_reference, plan)
+        for metrics in self._stream("update", round_, table, reference, start, betas, new_reference, plan):
+            self._held_tokens = int(metrics.get("micro_batch_tokens", self._held_tokens))
+            yield metrics
 
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         """See `online_po.protocols.Learner.token_logps`."""
@@ -285,15 +337,12 @@ class LearnerGroup:
         then its death; last what may be a connection that broke because another rank died."""
         if not isinstance(error, RayTaskError):
             cause = self._supervisor.why(self._ranks[rank], death(error))
-            return 1, LearnerLostError(f"rank {rank} is dead: {cause}")
+            return 1, LearnerLostError(f"rank {rank} is dead: {cause}", memory=is_out_of_memory(error))
+        if isinstance(error.cause, LearnerMemoryError) and error.cause.smaller is not None:
+            return 0, LearnerLostError(str(error.cause), memory=True, smaller=error.cause.smaller)
         if isinstance(error.cause, OnlinePOError):
             return 0, error.cause
         reason = f"{type(error.cause).__name__}: {first_line(error.cause)}"[:500]
-        if out_of_memory(error.cause):
-            return 0, OnlinePOError(
-                f"the learner failed: {reason}; lower learner.micro_batch_tokens, or set "
-                "learner.gradient_checkpointing or learner.lora"
-            )
         return 2, LearnerLostError(f"rank {rank} failed: {reason}")
 
     def _failure(self, error: _RankError, waiting: dict[Any, int]) -> Exception:
@@ -308,10 +357,20 @@ class LearnerGroup:
                 except _RankError as other:
                     failures.append(other.blamed)
         _, failure = min(failures, key=lambda blamed: blamed[0])
+        if isinstance(failure, LearnerLostError) and (still := self._standing_still()):
+            failure = LearnerLostError(still)
         alone = len(self._ranks) == 1 and not isinstance(failure, LearnerLostError)
         if not alone and not isinstance(failure, NonFiniteError):
             self.close()
         return failure
+
+    def _standing_still(self) -> str | None:
+        """What to say where the watch ended several ranks: which of them the others waited for nobody can tell."""
+        hung = {rank: hang for rank, actor in enumerate(self._ranks) if (hang := self._supervisor.watch.why(actor))}
+        if len(hung) < 2:
+            return None
+        first = next(iter(hung.values()))
+        return f"ranks {', '.join(map(str, hung))} stand still in `{first.call}`: {first.text}"
 
 
 class _RankError(Exception):

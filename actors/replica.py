@@ -9,9 +9,9 @@ import ray
 
 from actors import cluster
 from actors.engines import Engine, check_engine, make_engine
-from actors.supervision import Progress, Pulse, out_of_memory
+from actors.supervision import Progress, Pulse
 from online_po.config import Config
-from online_po.errors import EngineError, OnlinePOError, SyncError
+from online_po.errors import EngineError, OnlinePOError, SyncError, is_out_of_memory
 from online_po.sections import SamplingConfig
 from online_po.types import Group, Policy, Probe, Request, SyncReport
 
@@ -40,7 +40,7 @@ class GeneratorReplica:
 
     def start(self, held: tuple[Policy, Probe] | None) -> tuple[str, SyncReport | None]:
         """Loads the starting model, and then what it is to hold, if that is known. Returns the engine's dtype and the
-        report on what it holds. Raises EngineError, ConfigError or SyncError."""
+        report on what it holds. Raises EngineError or ConfigError."""
         with self._progress.at("start"):
             self._start()
         return self._engine.dtype, self.sync(*held) if held is not None else None
@@ -74,12 +74,12 @@ class GeneratorReplica:
                 if found:
                     yield found
         except Exception as error:  # libraries raise many types here
-            if out_of_memory(error):
+            if is_out_of_memory(error):
                 raise EngineMemoryError(one_line(error)) from error
             raise
 
     def sync(self, policy: Policy, probe: Probe) -> SyncReport:
-        """Loads the weights and tells what is held; the verdict is the driver's. Raises SyncError if nothing loads."""
+        """Loads the weights and tells what is held; the verdict is the driver's. EngineError if nothing loads."""
         with self._progress.at("sync"):
             report, self._said = self._load(policy, probe)
         self._held, self._lost = (policy, probe), None
@@ -89,7 +89,7 @@ class GeneratorReplica:
         self, requests: Sequence[Request], sampling: SamplingConfig, policy: Policy, probe: Probe
     ) -> tuple[list[Group], SyncReport | None]:
         """One group a request, by that policy's weights. Where it holds others, these are loaded for it, with a report,
-        and the others put back. Raises SyncError, then and for all that it is asked later, if they do not come back."""
+        and the others put back. Raises SyncError, then and for all that it is asked later, if others come back."""
         if self._lost is not None:
             raise self._lost
         if policy.version == self._engine.version:
@@ -130,13 +130,13 @@ class GeneratorReplica:
         return [groups[place] for place in range(len(requests))]
 
     def _load(self, policy: Policy, probe: Probe) -> tuple[SyncReport, list[float]]:
-        """The report, and the logps of the probe. Raises SyncError."""
+        """The report, and the logps of the probe. Raises EngineError, after which the engine is in no known state."""
         started = time.perf_counter()
         before = None if policy.version == self._engine.version else self._engine.token_logps(probe.token_ids)
         try:
             self._engine.load(policy)
         except Exception as error:  # whatever a model library raises, the user needs the replica and the folder
-            raise SyncError(
+            raise EngineError(
                 f"generator replica {self._replica} could not load policy {policy.version} from "
                 f"{str(policy.path)!r}: {one_line(error)}"
             ) from error

@@ -6,6 +6,7 @@ work, so who owns it makes a new one in the same place. Here is what they share:
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -17,10 +18,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import (
+    ActorPlacementGroupRemoved,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    RayActorError,
+    RayError,
+)
 
 from online_po.config import Config
-from online_po.errors import EngineError
+from online_po.errors import EngineError, is_out_of_memory
 from online_po.observers import Silent
 from online_po.protocols import Observer
 from online_po.sections import LimitsConfig
@@ -29,8 +36,8 @@ PULSE_GROUP = {"pulse": 1}
 """Ray's concurrency groups of every actor: its pulse is felt while it works."""
 POLL_S = 5.0
 """How often the watch looks, at most."""
-KILLED_S = 10.0
-"""So long a process that was killed may take to be gone."""
+LATE_S = 10.0
+"""A look that comes so much too late was kept from it (a stopped driver, say): time before it counts for nobody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,21 +90,32 @@ class Progress:
 class ActorLostError(Exception):
     """An actor died, or its engine is of no use any more: what it was asked is to be asked again.
 
-    memory: for want of memory."""
+    memory: for want of memory. counts: as a death; what a living engine says of its memory does not."""
 
-    def __init__(self, cause: str, *, memory: bool = False) -> None:
+    def __init__(self, cause: str, *, memory: bool = False, counts: bool = True) -> None:
         super().__init__(cause)
-        self.memory = memory
+        self.memory, self.counts = memory, counts
 
 
 @dataclass
 class _Watched:
     who: str
     actor: Any
-    heard: float
-    """When it gave its last pulse, or was made."""
     pulse: Pulse | None = None
+    """Its last."""
     asked: Any = None
+    """Its answer to come."""
+    since: float | None = None
+    """When the first question was asked that has no answer yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hang:
+    """Why the watch ended an actor."""
+
+    text: str
+    call: str | None
+    """What it was at."""
 
 
 class Watch:
@@ -121,19 +139,22 @@ class Watch:
         self._ask, self._answer, self._kill, self._clock = ask, answer, kill, clock
         self._lock = threading.Lock()
         self._watched: dict[Any, _Watched] = {}
-        self._hung: dict[Any, str] = {}
+        self._hung: dict[Any, Hang] = {}
         self._thread: threading.Thread | None = None
+        self._looked, self._awake = clock(), -math.inf
+        """Of the last look; of the last that came too late."""
         self._poll = min([POLL_S, quiet[1] / 4, *(seconds / 4 for _, seconds in limits.values())])
 
     def add(self, who: str, actor: Any) -> None:
         """Watches an actor from now on, until it is dead."""
         with self._lock:
-            self._watched[actor] = _Watched(who=who, actor=actor, heard=self._clock())
-            if self._thread is None:
+            self._watched[actor] = _Watched(who=who, actor=actor)
+            if self._thread is None or not self._thread.is_alive():
+                self._looked = self._clock()
                 self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
                 self._thread.start()
 
-    def why(self, actor: Any) -> str | None:
+    def why(self, actor: Any) -> Hang | None:
         """Why the watch ended an actor; None where it did not."""
         with self._lock:
             return self._hung.get(actor)
@@ -158,44 +179,69 @@ class Watch:
         """One look at everybody."""
         with self._lock:
             watched = list(self._watched.values())
+            now = self._clock()
+            if now - self._looked > self._poll + LATE_S:
+                self._awake = now
+            self._looked = now
         for one in watched:
             try:
-                if one.asked is None:
-                    one.asked = self._ask(one.actor)
-                found = self._answer(one.asked)
-            except RayError:  # dead: who waits for it hears of it
-                self._forget(one)
+                self._look_at(one)
+            except Exception:  # not even killed: it is tried again at the next look, and the others are watched on
                 continue
-            if found is not None:
-                one.pulse, one.heard, one.asked = found, self._clock(), None
-            if (reason := self._overdue(one)) is not None:
-                with self._lock:
-                    if one.actor not in self._watched:
-                        continue
-                    self._hung[one.actor] = reason
-                    del self._watched[one.actor]
-                self._kill(one.actor, one.pulse)
+
+    def _look_at(self, one: _Watched) -> None:
+        try:
+            if one.asked is None:
+                one.since = self._clock() if one.since is None else one.since
+                one.asked = self._ask(one.actor)
+            found = self._answer(one.asked)
+        except Exception as error:
+            if means_death(error):  # who waits for it hears of it
+                self._forget(one)
+                return
+            one.asked, found = None, None  # it could not be reached, or has no answer: it is silent, and asked again
+        if found is not None:
+            one.pulse, one.since, one.asked = found, None, None
+        if (hang := self._overdue(one)) is None:
+            return
+        with self._lock:
+            if one.actor not in self._watched:
+                return
+            self._hung[one.actor] = hang  # before it is dead: who waits for it asks why
+        self._kill(one.actor, one.pulse)
+        self._forget(one)
 
     def _forget(self, one: _Watched) -> None:
         with self._lock:
             self._watched.pop(one.actor, None)
 
-    def _overdue(self, one: _Watched) -> str | None:
-        silent = self._clock() - one.heard
+    def _overdue(self, one: _Watched) -> Hang | None:
+        now = self._clock()
+        awake = now - self._awake
+        silent = min(awake, now - one.since) if one.since is not None else 0.0
         call, since = (one.pulse.call, one.pulse.seconds) if one.pulse is not None else ("start", 0.0)
         if call is not None:
             field, limit = self._limits[call]
-            if since + silent > limit:
-                return f"it hung: nothing came of `{call}` for {since + silent:.0f} s ({field} is {limit:g})"
+            if (still := min(awake, since + silent)) > limit:
+                text = f"it hung: nothing came of `{call}` for {still:.0f} s ({field} is {limit:g})"
+                return Hang(text=text, call=call)
         field, limit = self._quiet
         # While it starts it may load libraries for long without letting anybody else have a turn.
         if call != "start" and silent > limit:
-            return f"it hung: the process has given no sign of life for {silent:.0f} s ({field} is {limit:g})"
+            text = f"it hung: the process has given no sign of life for {silent:.0f} s ({field} is {limit:g})"
+            return Hang(text=text, call=call)
         return None
 
 
+def means_death(error: Exception) -> bool:
+    """Whether an actor is dead for good, rather than out of reach or unable to say how it is."""
+    if isinstance(error, RayActorError):
+        return not isinstance(error, ActorUnavailableError)
+    return isinstance(error, ActorPlacementGroupRemoved | ActorUnschedulableError)
+
+
 def _answer(ref: Any) -> Pulse | None:
-    """A pulse, if it is there. Raises RayError of a dead actor."""
+    """A pulse, if it is there. Raises RayError where it will not come."""
     ready, _ = ray.wait([ref], timeout=0)
     return ray.get(ready[0]) if ready else None
 
@@ -205,7 +251,7 @@ def death(error: RayError) -> str:
     text = " ".join(str(error).split())
     if "node has died" in text or "node failed" in text.lower():
         return "its machine is gone"
-    if out_of_memory(error):
+    if is_out_of_memory(error):
         return "its machine was running out of memory"
     if "process has died" in text or "died unexpectedly" in text:
         return "its process was killed, or crashed"
@@ -217,7 +263,7 @@ def end(actor: Any, pulse: Pulse | None) -> None:
     ray.kill(actor)
     # A process that was stopped or sits in the kernel does not hear Ray. On other machines its own raylet has to do.
     if pulse is not None and pulse.node == ray.get_runtime_context().get_node_id():
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):  # gone, and its number perhaps another user's by now
             os.kill(pulse.pid, signal.SIGKILL)
 
 
@@ -230,12 +276,15 @@ class Supervisor:
             limits_by_call(config.limits, config.ray.startup_timeout_s),
             ("limits.pulse_s", config.limits.pulse_s),
         )
+        # A hang is found after its limit: a shorter window would never hold more than one.
+        hang_s = max(config.limits.model_dump().values()) + config.ray.startup_timeout_s
+        self._window = max(config.ray.restart_window_s, (config.ray.max_restarts + 1) * hang_s)
         self._lock = threading.Lock()
         self._restarts: defaultdict[str, deque[float]] = defaultdict(deque)
 
     def lost(self, who: str, cause: str) -> None:
         """Notes that an actor died. Raises EngineError where it did so more often than it may be started again."""
-        allowed, window = self._ray.max_restarts, self._ray.restart_window_s
+        allowed, window = self._ray.max_restarts, self._window
         with self._lock:
             now, times = self._clock(), self._restarts[who]
             while times and now - times[0] > window:
@@ -260,7 +309,8 @@ class Supervisor:
 
     def why(self, actor: Any, otherwise: str) -> str:
         """Why an actor died, as far as is known."""
-        return self.watch.why(actor) or otherwise
+        hang = self.watch.why(actor)
+        return otherwise if hang is None else hang.text
 
     def end(self, actor: Any) -> None:
         """Kills an actor that is of no use any more."""
@@ -273,18 +323,3 @@ def limits_by_call(limits: LimitsConfig, startup_s: float) -> dict[str, tuple[st
               "judge_s": ("judge",), "step_s": ("update", "logps", "token_logps")}  # fmt: skip
     found = {call: (f"limits.{field}", getattr(limits, field)) for field, calls in fields.items() for call in calls}
     return found | {"start": ("ray.startup_timeout_s", startup_s)}
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether a library's error, or one behind it, says that memory or the KV cache is too small."""
-    words = ("out of memory", "can't allocate memory", "cannot allocate memory", "kv cache", "running low on memory")
-    while error is not None:
-        text = str(error).lower()
-        if (
-            isinstance(error, MemoryError)
-            or type(error).__name__ == "OutOfMemoryError"
-            or any(w in text for w in words)
-        ):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

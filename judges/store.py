@@ -78,10 +78,7 @@ def prepare(path: Path, *, nodes: int = 1) -> None:
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise explain(sqlite3.DatabaseError(verdict), path)
-            lost = connection.execute("SELECT round, sum(cost) FROM calls WHERE outcome = 'open' GROUP BY round")
-            for round_, cost in lost.fetchall():
-                connection.execute("UPDATE spent SET money = money + ? WHERE round = ?", (cost, round_))
-            connection.execute("UPDATE calls SET outcome = 'lost', key = NULL WHERE outcome = 'open'")
+            _lose(connection, "outcome = 'open'")
             # Before anything else is written to the file, and before its journal is another one.
             connection.execute("UPDATE seal SET hash = ?", ((SEAL + OPEN).decode(),))
             connection.execute("COMMIT")
@@ -90,6 +87,26 @@ def prepare(path: Path, *, nodes: int = 1) -> None:
             fail_point("judge_cache.prepared")
     except sqlite3.Error as error:
         raise explain(error, path) from error
+
+
+def disown(path: Path, owner: str) -> None:
+    """After a process died while others go on: its open calls count as lost, so that nobody waits for their answers.
+    Raises LedgerError."""
+    try:
+        with closing(connect(path)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            _lose(connection, "outcome = 'open' AND owner = ?", owner)
+            connection.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise explain(error, path) from error
+
+
+def _lose(connection: sqlite3.Connection, which: str, *values: str) -> None:
+    """Open calls become lost ones, at the most they can have cost."""
+    lost = connection.execute(f"SELECT round, sum(cost) FROM calls WHERE {which} GROUP BY round", values)
+    for round_, cost in lost.fetchall():
+        connection.execute("UPDATE spent SET money = money + ? WHERE round = ?", (cost, round_))
+    connection.execute(f"UPDATE calls SET outcome = 'lost', key = NULL WHERE {which}", values)
 
 
 def release(path: Path) -> None:
@@ -143,11 +160,11 @@ class JudgeStore:
 
     A thread does all the work: what waits is written in one transaction, so that many answers share one fsync. Every
     method returns when what it wrote is durable. Its methods are for one event loop at a time. Any of them raises
-    LedgerError where the file cannot be read or written.
+    LedgerError where the file cannot be read or written. `owner`: the process, for `disown`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, owner: str = "") -> None:
+        self.path, self._owner = path, owner
         self._connection = connect(path)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._hits: Counter[tuple[int, str]] = Counter()
@@ -190,9 +207,9 @@ class JudgeStore:
                 return None
             _spend(connection, round_, calls=1)
             return connection.execute(
-                "INSERT INTO calls (round, judge, attempt, outcome, key, prompt_tokens, response_tokens, cost, cut)"
-                " VALUES (?, ?, ?, 'open', ?, 0, 0, ?, 0)",
-                (round_, judge, attempt, _blob(key), bound),
+                "INSERT INTO calls (round, judge, attempt, outcome, key, owner, prompt_tokens, response_tokens, cost,"
+                " cut) VALUES (?, ?, ?, 'open', ?, ?, 0, 0, ?, 0)",
+                (round_, judge, attempt, _blob(key), self._owner, bound),
             ).lastrowid
 
         return await self._do(work, writes=True)

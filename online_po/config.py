@@ -295,8 +295,8 @@ class Config(Section):
         return Path(self.run.dir) / self.run.name
 
     def identity(self) -> dict[str, Any]:
-        """Everything that shapes the run's results. Where it lies, what it runs on, and bounds that stop it may
-        differ between two starts.
+        """Everything that shapes the run's results. Where it lies, what it runs on and with how much memory, and bounds
+        that stop it may differ between two starts.
 
         Model, prompts, seed pairs and what the judge reads are compared by content, see `Ledger.require_same`: prompts
         and pairs by a hash of all they say and of their tokens, the model by its config and the sizes of its weights,
@@ -314,9 +314,11 @@ class Config(Section):
                 "model": {"path", "revision"},
                 "prompts": {"path", "dataset", "subset", "split", "heldout_path"},
                 "pairs": {"seed_path"},
-                "generator": {"replicas", "threads", "gpu_memory_utilization", "cpu_kv_cache_gib", "sync_tolerance"},
+                "generator": {"replicas", "threads", "gpu_memory_utilization", "cpu_kv_cache_gib", "sync_tolerance"}
+                # What is lowered where memory runs out: a run goes on with less.
+                | {"max_num_seqs", "max_model_len"},
                 "judge": True,
-                "learner": {"threads"},
+                "learner": {"threads", "micro_batch_tokens", "gradient_checkpointing"},
             },
         )
         rolling = self.guards.model_dump(mode="json", include=set(self.guards.rolling_back))

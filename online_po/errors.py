@@ -20,6 +20,28 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "status_alloc_failed",  # cuBLAS, cuDNN
+    "kv cache",
+    "running low on memory",  # Ray's monitor
+)
+"""What errors for want of memory say, in lower case."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, says that an accelerator's memory, the machine's, or an engine's KV cache is
+    too small."""
+    while error is not None:
+        named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if named or any(words in str(error).lower() for words in NO_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class ConfigError(OnlinePOError, ValueError):
     """Something the user wrote cannot be used: config, prompt file, model, judge function."""
 
@@ -77,7 +99,15 @@ class EngineError(OnlinePOError):
 
 
 class LearnerLostError(EngineError):
-    """A rank of the learner died or hung, and the group with it; it can be started again."""
+    """A rank of the learner died, hung, or had too little memory, and the group ended with it; it can be started again.
+
+    memory: for want of memory: smaller micro-batches may help. smaller: how small to make them, where that is known; it
+    was no death then.
+    """
+
+    def __init__(self, cause: str, *, memory: bool = False, smaller: int | None = None) -> None:
+        super().__init__(cause)
+        self.memory, self.smaller = memory, smaller
 
 
 class NonFiniteError(OnlinePOError):
@@ -85,7 +115,15 @@ class NonFiniteError(OnlinePOError):
 
 
 class LearnerMemoryError(OnlinePOError):
-    """The learner has too little memory, also for the smallest micro-batch."""
+    """The learner has too little memory for what it was asked.
+
+    smaller: tokens of a micro-batch that all ranks may go on with from the beginning, where one of several has too
+    little; None: smaller micro-batches do not help.
+    """
+
+    def __init__(self, message: str, *, smaller: int | None = None) -> None:
+        super().__init__(message)
+        self.smaller = smaller
 
 
 class GuardError(OnlinePOError):

@@ -49,6 +49,7 @@ CREATE TABLE calls (             -- one row an attempt
     attempt INTEGER NOT NULL,    -- 1, then 2, ... for the same question
     outcome TEXT NOT NULL,       -- ok, a FailureKind, open (under way), lost (the process died meanwhile)
     key BLOB,                    -- while it is open
+    owner TEXT,                  -- the process that began it, where others may wait for it
     prompt_tokens INTEGER NOT NULL,
     response_tokens INTEGER NOT NULL,
     cost REAL NOT NULL,          -- of open and lost ones: the most it can be

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from online_po import policy_model
 from online_po.adapters import adapter_replaced, blend_adapters
 from online_po.batching import MISMATCHED, Examples, MicroBatch, epoch_order, global_batches
-from online_po.errors import ConfigError, OnlinePOError, first_line
+from online_po.errors import ConfigError, OnlinePOError, first_line, is_out_of_memory
 from online_po.fail_points import fail_point
 from online_po.logps import LogpModel, require_known_head
 from online_po.loss_configs import LossBase
@@ -38,7 +38,7 @@ from online_po.model_config import load_tokenizer
 from online_po.objective import Objective
 from online_po.optimizer import build_optimizer, optimizer_tensors, read_optimizer, write_optimizer
 from online_po.schedule import learning_rate, run_progress
-from online_po.scoring import Scoring, is_out_of_memory
+from online_po.scoring import Scoring
 from online_po.sections import LearnerConfig, ModelConfig
 from online_po.seeds import stable_seed
 from online_po.step_checkpoints import StepPlan, StepWriter
@@ -58,6 +58,8 @@ class TorchLearner:
     Raises ConfigError where the model cannot be loaded or used, or `learner.ranks` is not the size of the
     process group. `rounds` is the length of the run, for the learning rate. `skip_nonfinite`: a step whose loss or
     gradients are not finite is left out; else it raises NonFiniteError. Either way it is never applied.
+    `micro_batch_tokens`: less than configured, where that is known to be too much. `tick` is called whenever something
+    came of its work: a micro-batch, a tensor that was gathered from ranks or spread over them.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class TorchLearner:
         seed: int,
         rounds: int,
         skip_nonfinite: bool = False,
+        micro_batch_tokens: int | None = None,
+        tick: Callable[[], None] = lambda: None,
     ) -> None:
         self.model_config, self.config, self.losses = model, learner, losses
         self.objective = Objective(losses)
@@ -86,7 +90,10 @@ class TorchLearner:
         self.param_dtype: torch.dtype = getattr(torch, learner.param_dtype)
         self.compute_dtype: torch.dtype = getattr(torch, learner.compute_dtype)
         self.model, self.scorer = self._build()
-        self._scoring = Scoring(self.scorer, learner, self.device, with_prefix=self.objective.with_prefix)
+        self._most_tokens = min(learner.micro_batch_tokens, micro_batch_tokens or learner.micro_batch_tokens)
+        self._tick = tick
+        self._scoring = Scoring(self.scorer, learner, self.device, with_prefix=self.objective.with_prefix, tick=tick)
+        self._scoring.micro_batch_tokens = self._most_tokens
         self.optimizer = build_optimizer(self._trained(), learner)
         self._stepper = Stepper(
             self._scoring, self.objective, self.optimizer, self.model, skip_nonfinite=skip_nonfinite
@@ -151,7 +158,7 @@ class TorchLearner:
                         left[batch["row"]] = False
                         yield batch
                     continue
-                except RuntimeError as error:
+                except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
                     fault = first_line(error)
@@ -269,11 +276,20 @@ class TorchLearner:
                     for name, tensor in tensors.items():
                         policy_model.local(tensor).copy_(kept[name])
 
+    def _gathered(self, copy: bool = False) -> dict[str, Tensor]:
+        """The policy's tensors, whole, on rank 0's CPU, see `policy_model.gather`."""
+        found = {}
+        for name, tensor in policy_model.policy_tensors(self.model).items():
+            found[name] = policy_model.gather(tensor, copy)
+            self._tick()
+        return found
+
     def _take(self, whole: dict[str, Tensor] | None) -> None:
         """Writes rank 0's `policy_tensors` into the model; what the others pass is not looked at."""
         self._scoring.reshard()
         for name, tensor in policy_model.policy_tensors(self.model).items():
             policy_model.spread(whole[name] if whole is not None else None, tensor)
+            self._tick()
 
     def _read(self, policy: Policy) -> dict[str, Tensor] | None:
         """On rank 0 the tensors of a policy folder, whole, on the CPU; None elsewhere."""
@@ -291,7 +307,7 @@ class TorchLearner:
     def blend(self, reference: Policy, alpha: float, folder: Path) -> None:
         """See `online_po.protocols.Learner.blend`. Means of all weights are taken in float32, those of adapters as
         adapters of higher rank (`online_po.adapters`)."""
-        own = {name: policy_model.gather(t) for name, t in policy_model.policy_tensors(self.model).items()}
+        own = self._gathered()
         if self.rank == 0:
             if isinstance(self.model, PeftModel):
                 other = None if reference.version == 0 else self._read(reference)
@@ -309,17 +325,19 @@ class TorchLearner:
 
         trainer.json is written last, after everything else in either folder: where it is, all of them is.
         """
-        whole = {name: policy_model.gather(t) for name, t in policy_model.policy_tensors(self.model).items()}
+        whole = self._gathered()
         if self.rank == 0:
             policy_model.write_policy(policy_dir, self.model, whole)
             if self.config.lora is None:
                 self.tokenizer.save_pretrained(policy_dir)
         fail_point("learner.policy_saved")
         del whole  # before the moments, which are twice as large
-        moments = optimizer_tensors(self.optimizer, self._trained())
+        self._tick()
+        moments = optimizer_tensors(self.optimizer, self._trained(), tick=self._tick)
         if self.rank == 0:
             trainer_dir.mkdir(parents=True, exist_ok=True)
             write_optimizer(trainer_dir / OPTIMIZER_FILE, moments)
+            self._tick()
             (trainer_dir / STATE_FILE).write_text(self._state(version=round_), encoding="utf-8")
         self._barrier()
         self.version = round_
@@ -328,9 +346,8 @@ class TorchLearner:
         """Copies the state after a step, and leaves it to `writer` to write it. All ranks must call it."""
         if self.rank == 0:
             writer.wait()
-        tensors = policy_model.policy_tensors(self.model).items()
-        policy = {name: policy_model.gather(t, copy=True).contiguous() for name, t in tensors}
-        moments = optimizer_tensors(self.optimizer, self._trained(), copy=True)
+        policy = {name: tensor.contiguous() for name, tensor in self._gathered(copy=True).items()}
+        moments = optimizer_tensors(self.optimizer, self._trained(), copy=True, tick=self._tick)
         state = self._state(step=step)
 
         def write(folder: Path) -> None:
@@ -359,7 +376,8 @@ class TorchLearner:
         """What a learner is beside weights and moments, as JSON. Learning rates, orders and dropout are functions of
         the round and the step; no random state is carried on. `of`: the policy version, or the step, it belongs to."""
         state = {"format": STATE_VERSION, **of, "torch": torch.__version__, "means": self.objective.means}
-        state["micro_batch_tokens"] = self._scoring.micro_batch_tokens
+        if self._scoring.micro_batch_tokens < self.config.micro_batch_tokens:
+            state["micro_batch_tokens"] = self._scoring.micro_batch_tokens
         return json.dumps(state, indent=1) + "\n"
 
     def _load_trainer(self, folder: Path, **of: int) -> None:
@@ -372,9 +390,10 @@ class TorchLearner:
                 f"{str(folder)!r} holds the state of {holds}, not of {needs}; give the folders of one round, written "
                 "by this version"
             )
-        read_optimizer(folder / OPTIMIZER_FILE, self.optimizer, self._trained())
+        read_optimizer(folder / OPTIMIZER_FILE, self.optimizer, self._trained(), self._tick)
         self.objective.means = state["means"]
-        self._scoring.micro_batch_tokens = state["micro_batch_tokens"]
+        # What was lowered stays so; the setting may be another one now.
+        self._scoring.micro_batch_tokens = min(self._most_tokens, state.get("micro_batch_tokens", self._most_tokens))
 
     def _start_again(self, start: Policy) -> None:
         """As a new learner: adapters as they were first drawn, or the starting model's weights; no optimizer state."""
@@ -387,7 +406,7 @@ class TorchLearner:
             self._take(self._read(start))
         self.optimizer.state.clear()
         self.objective.means = {}
-        self._scoring.micro_batch_tokens = self.config.micro_batch_tokens
+        self._scoring.micro_batch_tokens = self._most_tokens
         self.version = 0
 
     def _barrier(self) -> None:

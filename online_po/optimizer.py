@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,14 +45,19 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], copy: bool = False
+    optimizer: torch.optim.Optimizer,
+    trained: dict[str, nn.Parameter],
+    copy: bool = False,
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """AdamW's state as "parameter name/state name" -> whole tensor, as `gather` gives it. All ranks must call it."""
-    return {
-        f"{name}/{key}": gather(value, copy)
-        for name, parameter in trained.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    """AdamW's state as "parameter name/state name" -> whole tensor, as `gather` gives it. All ranks must call it.
+    `tick` is called after each."""
+    found = {}
+    for name, parameter in trained.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            found[f"{name}/{key}"] = gather(value, copy)
+            tick()
+    return found
 
 
 def write_optimizer(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -59,8 +65,14 @@ def write_optimizer(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path)
 
 
-def read_optimizer(path: Path, optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> None:
-    """Replaces the optimizer's state by the file's, one tensor at a time. All ranks must call it."""
+def read_optimizer(
+    path: Path,
+    optimizer: torch.optim.Optimizer,
+    trained: dict[str, nn.Parameter],
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """Replaces the optimizer's state by the file's, one tensor at a time. All ranks must call it. `tick` is called
+    after each."""
     optimizer.state.clear()
     with safe_open(path, "pt") as file:
         stored = set(file.keys())
@@ -71,4 +83,5 @@ def read_optimizer(path: Path, optimizer: torch.optim.Optimizer, trained: dict[s
             for key in MOMENTS:
                 state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 spread(file.get_tensor(f"{name}/{key}") if is_rank_0() else None, state[key])
+                tick()
             optimizer.state[parameter] = state

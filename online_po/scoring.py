@@ -6,7 +6,7 @@ Ranks come from torch.distributed if the process is part of a group, else there 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -25,12 +25,21 @@ class Scoring:
     """The model as a scorer of responses. Every rank makes the same calls with the same arguments.
 
     `with_prefix`: pairs are also scored up to the shorter response's length.
+    `tick` is called after each micro-batch.
     """
 
-    def __init__(self, model: LogpModel, config: LearnerConfig, device: torch.device, *, with_prefix: bool) -> None:
+    def __init__(
+        self,
+        model: LogpModel,
+        config: LearnerConfig,
+        device: torch.device,
+        *,
+        with_prefix: bool,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
         self.model, self.config, self.device, self.with_prefix = model, config, device, with_prefix
         self.compute_dtype: torch.dtype = getattr(torch, config.compute_dtype)
-        self.micro_batch_tokens = config.micro_batch_tokens
+        self.micro_batch_tokens, self.tick = config.micro_batch_tokens, tick
         """Less than configured once memory ran out; part of the learner's state."""
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -44,28 +53,28 @@ class Scoring:
     def make_smaller(self, tokens: Examples, rows: np.ndarray, where: str, fault: str) -> None:
         """After passes over some rows ran out of memory (`fault`): halves the largest micro-batch, from here on.
 
-        Raises LearnerMemoryError if each holds one example already. Of several ranks too: the others are in the midst
-        of passes that this one cannot go through."""
+        Raises LearnerMemoryError if each holds one example already. Of several ranks too, with what all of them can
+        begin again with: the others are in the midst of passes that this one cannot go through."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         widths = tokens.widths(tokens.sides)
         shares = [share for plan in self.micro_batches(tokens, rows, tokens.sides) for share in plan if len(share)]
         held = [len(tokens.sides) * len(share) * int(widths[share].max()) for share in shares]
-        if self.ranks > 1:
-            raise LearnerMemoryError(
-                f"{where}: a rank ran out of memory ({fault}), with micro-batches of up to {max(held)} tokens; lower "
-                f"learner.micro_batch_tokens, which is {self.micro_batch_tokens}, or set "
-                "learner.gradient_checkpointing or learner.lora"
-            )
         several = [size for size, share in zip(held, shares, strict=True) if len(share) > 1]
         if not several:
             raise LearnerMemoryError(
                 f"{where}: the learner ran out of memory ({fault}) with one example of {max(held)} tokens in a "
-                "micro-batch; set learner.gradient_checkpointing or learner.lora, or lower generator.max_tokens or "
-                "prompts.max_tokens"
+                "micro-batch; go on with `online-po run CONFIG learner.gradient_checkpointing=true`, or start a new "
+                "run with learner.lora, or less of generator.max_tokens or prompts.max_tokens"
             )
-        self.micro_batch_tokens = max(several) // 2
+        smaller = max(several) // 2
+        if self.ranks > 1:
+            raise LearnerMemoryError(
+                f"{where}: rank {self.rank} ran out of memory ({fault}) with micro-batches of up to {max(held)} tokens",
+                smaller=smaller,
+            )
+        self.micro_batch_tokens = smaller
 
     def token_logps(
         self, batch: MicroBatch, with_entropy: bool = False, with_collision: bool = False
@@ -123,6 +132,7 @@ class Scoring:
                     scored |= side_weights(batch, token_logps, collisions, sides)
                 found[:, before : before + len(mine)] = torch.stack([scored[name] for name in names])
             self.sum_over_ranks(found)
+            self.tick()
             yield {"row": np.concatenate(shares)} | dict(zip(names, found.cpu().numpy(), strict=True))
 
     def collect(
@@ -151,11 +161,6 @@ class Scoring:
     def tensor(self, values: np.ndarray) -> Tensor:
         """Numbers as float32 on the model's device."""
         return torch.from_numpy(values).float().to(self.device)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an accelerator's memory, or the machine's, did not suffice."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def places(rows: np.ndarray, some: np.ndarray) -> np.ndarray:

@@ -138,12 +138,17 @@ class GeneratorConfig(SamplingConfig):
     chunk_prompts: int = Field(
         32, ge=1, description="Prompts handed to an engine at once; also the unit that is saved and resumed."
     )
-    max_num_seqs: int = Field(256, ge=1, description="Sequences an engine decodes at the same time.")
+    max_num_seqs: int = Field(
+        256,
+        ge=1,
+        description="Sequences an engine decodes at the same time. May be another one when a run goes on: responses "
+        "then differ as far as rounding does.",
+    )
     max_model_len: int | None = Field(
         None,
         ge=1,
         description="Context the engine allocates for. null: prompts.max_tokens + generator.max_tokens, as far as "
-        "the model's own context goes.",
+        "the model's own context goes. May be another one when a run goes on: responses that reach it end there.",
     )
     gpu_memory_utilization: float | None = Field(
         None,
@@ -193,10 +198,17 @@ class LearnerConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped to this.")
     global_batch_size: int = Field(32, ge=1, description="Pairs per optimizer step, over all ranks.")
     micro_batch_tokens: int = Field(
-        4096, ge=1, description="Padded tokens in one forward pass of one rank; longer single pairs go alone."
+        4096,
+        ge=1,
+        description="Padded tokens in one forward pass of one rank; longer single pairs go alone. May be another one "
+        "when a run goes on: results then differ in rounding. What was halved for want of memory stays the most.",
     )
     epochs: int = Field(1, ge=1, description="Passes over a round's pairs.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, slower.")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute activations in backward: less memory, slower. May be another one when a run goes on: "
+        "results then differ in rounding at most.",
+    )
     param_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type weights are kept and saved in; bfloat16 needs learner.lora."
     )
@@ -295,9 +307,15 @@ class RayConfig(Section):
         3,
         ge=0,
         description="How often an engine, a judge process or the learner that died or hung is started again within "
-        "ray.restart_window_s; then the run ends. An engine that halves its batch for want of memory does not count.",
+        "ray.restart_window_s; then the run ends. An engine or learner that goes on with half its batch for "
+        "want of memory does not count, unless its process was killed for it.",
     )
-    restart_window_s: float = Field(3600.0, gt=0, description="Seconds within which ray.max_restarts are counted.")
+    restart_window_s: float = Field(
+        3600.0,
+        gt=0,
+        description="Seconds within which ray.max_restarts are counted; more where an actor that always hangs would "
+        "take longer: (ray.max_restarts + 1) times the longest of `limits` and ray.startup_timeout_s together.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> RayConfig:
@@ -318,8 +336,9 @@ class RayConfig(Section):
 
 
 class LimitsConfig(Section):
-    """Seconds without any progress after which an actor counts as hung: it is named, ended, and started again. They are
-    no measure of the work: however long that is, something comes of it all the time. Not part of a run's identity."""
+    """Seconds without any progress after which an actor counts as hung: it is named, ended, and started again. They
+    bound the smallest piece of work that something comes of (a token, a micro-batch, a tensor, a file that is read or
+    written), not the whole of it. Not part of a run's identity."""
 
     generate_s: float = Field(
         600.0, gt=0, description="An engine: without a step (one more token for all that it samples, or prompts read)."
@@ -330,9 +349,12 @@ class LimitsConfig(Section):
         description="A judge process: without a judged group while it has some. An endpoint may be away for a while; "
         "single calls have judge.timeout_s.",
     )
-    step_s: float = Field(1800.0, gt=0, description="A learner rank: without an optimizer step, or a batch of logps.")
+    step_s: float = Field(1800.0, gt=0, description="A learner rank: without a micro-batch, or an optimizer step.")
     weights_s: float = Field(
-        1800.0, gt=0, description="An engine or a rank: while it reads, writes or proves weights and optimizer state."
+        1800.0,
+        gt=0,
+        description="A rank: while it reads or writes a file of weights or optimizer state, or gathers or spreads one "
+        "tensor of them. An engine: while it reads weights and proves them.",
     )
     pulse_s: float = Field(
         300.0, gt=0, description="Any of them, whatever it does: without an answer from its process (stopped, say)."

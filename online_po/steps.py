@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from online_po.batching import MISMATCHED, PAIR_SIDES, Examples, collate
-from online_po.errors import NonFiniteError, first_line
+from online_po.errors import LearnerMemoryError, NonFiniteError, first_line, is_out_of_memory
 from online_po.objective import METRICS, Objective
 from online_po.optimizer import clip_gradients
 from online_po.policy_model import lora_dropout
-from online_po.scoring import Scoring, is_out_of_memory, places, side_weights
+from online_po.scoring import Scoring, places, side_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +83,7 @@ class Stepper:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         metrics["grad_norm"] = clip_gradients(trained, scoring.config.max_grad_norm)
         if all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
-            self.optimizer.step()
+            self._apply(where)
             self.objective.means = step.means
         elif self.skip_nonfinite:
             # Nothing else of it: a round's means are over the steps that were made.
@@ -97,6 +97,19 @@ class Stepper:
             metrics["micro_batch_tokens"] = float(scoring.micro_batch_tokens)
         return metrics | {"seconds": time.perf_counter() - began}
 
+    def _apply(self, where: str) -> None:
+        """The optimizer's step. Raises LearnerMemoryError: it may be half made then."""
+        try:
+            self.optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise LearnerMemoryError(
+                f"{where}: the learner ran out of memory in the optimizer's step ({first_line(error)}), which holds "
+                "two more numbers for each trained weight, whatever the micro-batches are; give it more memory, or "
+                "start a new run with learner.lora or more learner.ranks. What was finished is kept"
+            ) from error
+
     def _pass(self, known: Known, rows: np.ndarray, dropout_seed: int, where: str) -> tuple[_Step, Tensor] | None:
         """The step's gradients on this rank, and the sums of `_accumulate`. None where memory ran out: then
         micro-batches are smaller now, and nothing has changed but the gradients."""
@@ -107,8 +120,9 @@ class Stepper:
             with lora_dropout(self.model, dropout_seed):
                 for share in scoring.micro_batches(known.tokens, rows, sides)[scoring.rank]:
                     sums += self._accumulate(known, share, step)
+                    scoring.tick()
             return step, sums
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             fault = first_line(error)

@@ -5,13 +5,15 @@
 
 Two runs of a tiny model on real Ray, one round for each kill of a kind. In the second one every kind of actor (engine,
 judge process, learner rank) is killed so often by SIGKILL at times drawn by seed, most of them in the middle of a call.
-Prints a table; exits with 1 where anything of the final ledgers differs, or a response is missing or there twice.
+Prints a table; exits with 1 where anything of the final ledgers differs, a response is missing or there twice, a kind
+of actor was killed less often than asked for, or something was killed and never came back (see `not_back`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -42,7 +44,8 @@ def letters(prompt, response, metadata):
     time.sleep(0.05)
     return sum(c.islower() or c == " " for c in response) / max(8, len(response))
 '''
-STARTING = {"__init__", "start", "ready", "rendezvous"}
+STARTING = {"__init__", "start", "ready", "rendezvous", "pulse"}
+"""Calls that are no work; a pulse is felt while an actor does any, or none."""
 PATIENCE_S = 300.0
 """So long the killer waits for an actor of a kind to be at work."""
 
@@ -158,6 +161,28 @@ def restarts(run: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "restart" in line]
 
 
+def not_back(
+    kills: Sequence[Kill], again: Sequence[dict[str, Any]], kills_each: int, actors: dict[str, int]
+) -> list[str]:
+    """What is wrong with kills and restarts. `actors`: how many there are of a kind.
+
+    Each kind must have been killed so often, and what was killed at work must have come back. Kills of what was still
+    starting need not have a restart each: a place is back once, however often it was killed on the way. Nor the last
+    kill of each actor, after which the run may have ended without it; and a learner comes back whole, so that one
+    restart may be for a kill of each of its ranks."""
+    wrong = []
+    for kind in KINDS:
+        own = [kill for kill in kills if kill.kind == kind]
+        back = sum(kind in line["restart"] for line in again)
+        at_work = sum(bool(kill.call) and kill.call not in STARTING for kill in own)
+        needed = math.ceil((at_work - actors[kind]) / (actors[kind] if kind == "learner" else 1))
+        if len(own) < kills_each:
+            wrong.append(f"{kind}: {len(own)} kills instead of {kills_each}")
+        if back < needed:
+            wrong.append(f"{kind}: {at_work} were killed at work, but only {back} came back")
+    return wrong
+
+
 def table(kills: Sequence[Kill], again: Sequence[dict[str, Any]]) -> str:
     """Kind, kills, those in the middle of a call (by call), restarts, and how long a restart took."""
     lines = [
@@ -185,7 +210,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     model = make_tiny_model(args.folder / "model")
-    runs = {}
+    runs, made_kills = {}, list[Kill]()
     for name in ("whole", "killed"):
         config = make_run(args.folder / name, args.kills, args.engine, args.replicas, args.ranks, model)
         began, process = time.monotonic(), start_run(config)
@@ -193,9 +218,13 @@ def main() -> int:
         if process.wait():
             print((config.parent / "log").read_text()[-3000:])
             return 1
-        runs[name] = config.parent / "run"
+        runs[name], made_kills = config.parent / "run", kills
         print(f"{name}: {time.monotonic() - began:.0f} s, {len(kills)} kills", flush=True)
-    print(table(kills, restarts(runs["killed"])))
+    print(table(made_kills, restarts(runs["killed"])))
+    actors = {"generator": args.replicas, "judge": 1, "learner": args.ranks}
+    missing = not_back(made_kills, restarts(runs["killed"]), args.kills, actors)
+    for what in missing:
+        print(what)
     wrong = compare_runs(runs["whole"], runs["killed"])
     for difference in wrong:
         print(difference)
@@ -203,7 +232,7 @@ def main() -> int:
     expected = responses(runs["whole"])
     print(f"files that differ: {len(wrong)}")
     print(f"responses: {len(made)} of {len(expected)}, more than once: {sum(n > 1 for n in made.values())}")
-    return int(bool(wrong) or made != expected or set(made.values()) != {1})
+    return int(bool(wrong or missing) or made != expected or set(made.values()) != {1})
 
 
 if __name__ == "__main__":

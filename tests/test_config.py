@@ -343,3 +343,17 @@ def test_losses_without_a_reference_have_none():
 def test_losses_that_cannot_be(loss, words):
     with pytest.raises(ConfigError, match=words):
         Config.parse(LOSS | {"loss": loss})
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "generator.max_num_seqs=8",
+        "generator.max_model_len=5000",
+        "learner.micro_batch_tokens=512",
+        "learner.gradient_checkpointing=true",
+    ],
+)
+def test_a_run_that_had_too_little_memory_goes_on_with_less(tmp_path, setting):
+    path = write(tmp_path)
+    assert Config.from_yaml(path, [setting]).identity() == Config.from_yaml(path).identity()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +98,9 @@ def test_a_step_is_made_again_as_if_it_had_begun_with_smaller_micro_batches(
     smaller = make(tiny_model, case, micro_batch_tokens=int(lowered))
     expected = train(smaller, reference)
     assert "micro_batch_tokens" not in expected[0] and without_size(steps) == expected
-    assert state_of(learner, tmp_path / "left") == state_of(smaller, tmp_path / "right")
+    left, right = state_of(learner, tmp_path / "left"), state_of(smaller, tmp_path / "right")
+    lowered_to, as_configured = (json.loads(state.pop("trainertrainer.json")) for state in (left, right))
+    assert left == right and lowered_to == as_configured | {"micro_batch_tokens": lowered}
     if case == "full":  # what dropout leaves out depends on how a step is cut
         for step, other in zip(train(make(tiny_model), reference), steps, strict=True):
             assert other["loss"] == pytest.approx(step["loss"], rel=1e-4)
@@ -145,7 +150,7 @@ def test_one_pair_that_does_not_fit_is_said_and_nothing_has_changed(tiny_model: 
     message = (
         r"round 1, step 1 of 3: .*out of memory \(.*can't allocate memory.*\) with one example of \d+ tokens in a .*"
     )
-    with pytest.raises(LearnerMemoryError, match=message + "gradient_checkpointing or learner.lora, or lower"):
+    with pytest.raises(LearnerMemoryError, match=message + "gradient_checkpointing=true`, or start a new run"):
         train(learner, reference)
     assert all(torch.equal(a, b) for a, b in zip(before, learner.model.parameters(), strict=True))
     assert all(p.grad is None for p in learner.model.parameters())
@@ -174,10 +179,77 @@ def test_other_errors_pass(tiny_model: Path) -> None:
 def test_one_of_several_ranks_says_what_to_lower(tiny_model: Path) -> None:
     scoring = make(tiny_model)._scoring
     scoring.ranks = 2  # it would have to ask the other
-    with pytest.raises(
-        LearnerMemoryError, match=r"step 3: a rank ran out of memory \(oh\), .* lower learner.micro_batch_t"
-    ):
+    with pytest.raises(LearnerMemoryError, match=r"step 3: rank 0 ran out of memory \(oh\) ") as caught:
         scoring.make_smaller(Examples(PAIRS), np.arange(20), "step 3", "oh")
+    assert 0 < caught.value.smaller <= 80
+    assert pickle.loads(pickle.dumps(caught.value)).smaller == caught.value.smaller, "also in another process"
+    scoring.micro_batch_tokens = 1
+    with pytest.raises(LearnerMemoryError, match="one example of") as caught:
+        scoring.make_smaller(Examples(PAIRS), np.arange(20), "step 3", "oh")
+    assert caught.value.smaller is None
+
+
+def test_a_setting_that_was_changed_holds_and_a_halving_too(tiny_model: Path, tmp_path: Path) -> None:
+    start_of, policy = make(tiny_model, micro_batch_tokens=100), Policy(version=1, path=tmp_path / "policy")
+    reference = collect_logps(start_of.logps, PAIRS, start(tiny_model))
+
+    def resumed(folder: str, **changes: Any) -> int:
+        other = make(tiny_model, **changes)
+        other.load(replace(policy, path=tmp_path / folder / "policy"), tmp_path / folder / "trainer")
+        return other._scoring.micro_batch_tokens
+
+    for folder in ("whole", "halved"):
+        learner = make(tiny_model, micro_batch_tokens=100)
+        fails(learner, cpu_error, lambda count, tokens, folder=folder: count == 1 and folder == "halved")
+        train(learner, reference)
+        learner.save(1, tmp_path / folder / "policy", tmp_path / folder / "trainer")
+    assert [resumed("whole", micro_batch_tokens=size) for size in (50, 100, 200)] == [50, 100, 200]
+    low = learner._scoring.micro_batch_tokens
+    assert low < 60 and [resumed("halved", micro_batch_tokens=size) for size in (10, 100, 200)] == [10, low, low]
+
+
+def test_micro_batches_may_begin_smaller_than_configured(tiny_model: Path) -> None:
+    config = learner_config(micro_batch_tokens=4096)
+    losses = [LOSS_BY_NAME["sigmoid"]()]  # type: ignore[call-arg]
+    learner = TorchLearner(ModelConfig(path=str(tiny_model)), config, losses, seed=7, rounds=3, micro_batch_tokens=90)
+    for _ in range(2):
+        reference = collect_logps(learner.logps, PAIRS, start(tiny_model))
+        assert train(learner, reference)[0]["micro_batch_tokens"] == 90, "and it is told"
+        learner.load(start(tiny_model), tiny_model)
+
+
+def test_an_optimizer_step_without_memory_says_what_it_was_at(tiny_model: Path) -> None:
+    learner = make(tiny_model)
+    reference = collect_logps(learner.logps, PAIRS, start(tiny_model))
+    learner.optimizer.step = cuda_error
+    with pytest.raises(
+        LearnerMemoryError, match=r"step 1 of 3: .* in the optimizer's step \(CUDA out of.*learner.lora"
+    ):
+        train(learner, reference)
+
+
+def test_whatever_comes_of_its_work_is_heard(tiny_model: Path, tmp_path: Path) -> None:
+    ticks: list[None] = []
+    losses = [LOSS_BY_NAME["sigmoid"]()]  # type: ignore[call-arg]
+    config = learner_config(micro_batch_tokens=90)
+    learner = TorchLearner(
+        ModelConfig(path=str(tiny_model)), config, losses, seed=7, rounds=3, tick=lambda: ticks.append(None)
+    )
+
+    def heard(work: Callable[[], Any]) -> int:
+        ticks.clear()
+        work()
+        return len(ticks)
+
+    tensors = sum(1 for _ in learner.model.parameters())
+    passes = fails(learner, cpu_error, lambda count, tokens: False)
+    assert heard(lambda: collect_logps(learner.logps, PAIRS, start(tiny_model))) == len(passes) > 3
+    reference = collect_logps(learner.logps, PAIRS, start(tiny_model))
+    passes.clear()
+    assert heard(lambda: train(learner, reference)) == len(passes) > 3
+    folders = tmp_path / "policy", tmp_path / "trainer"
+    assert heard(lambda: learner.save(1, *folders)) > 3 * tensors
+    assert heard(lambda: learner.load(Policy(version=1, path=folders[0]), folders[1])) >= 3 * tensors
 
 
 def test_the_run_says_so_once_a_change(tmp_path: Path) -> None:

@@ -272,26 +272,34 @@ def test_ranks_meet_on_their_nodes_address_alone():
 
 
 LISTENING = """
+import sys
 import psutil
 from actors import cluster
+from actors.learners import LearnerGroup
 from tests.fakes import make_config
 from pathlib import Path
-cluster.start(make_config(Path("/tmp")).ray)
+config = make_config(Path("/tmp"), model__path=sys.argv[1], learner__ranks=2, learner__global_batch_size=2)
+cluster.start(config.ray)
+group = LearnerGroup(config)
+group.ready(120)
 for process in psutil.Process().children(recursive=True):
     for connection in process.net_connections(kind="inet"):
         if connection.status == psutil.CONN_LISTEN:
-            print(process.name(), connection.laddr.ip)
+            print(process.name().replace(" ", "_"), connection.laddr.ip)
+group.close()
 cluster.stop()
 """
 
 
 @pytest.mark.slow
-def test_no_process_of_ray_listens_beyond_loopback():
+def test_no_process_of_ray_listens_beyond_loopback(tiny_model):
+    """Of two learner ranks either, which meet and talk through torch."""
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", LISTENING],
+        [sys.executable, "-c", LISTENING, str(tiny_model)],
         cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     listening = [line.split() for line in done.stdout.splitlines()]
-    assert listening, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert sum(name.startswith("ray::_Rank") for name, _ in listening) >= 2, done.stdout
     assert {address for *_, address in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, done.stdout

@@ -120,12 +120,17 @@ def test_old_weights_do_not_pass_for_new_ones_where_the_tolerance_is_wide(tiny_m
         group.close()
 
 
-def test_a_failing_sync_says_what_failed(pair, tiny_model, tmp_path):
-    start = Policy(version=0, path=tiny_model)
-    probe = make_probe(start, tiny_model)
-    with pytest.raises(SyncError, match=r"replica 0 could not load policy 1 .*nowhere"):
-        pair.sync(Policy(version=1, path=tmp_path / "nowhere"), probe)
-    pair.sync(start, probe)
+def test_a_failing_sync_says_what_failed(tiny_model, tmp_path):
+    config = make_config(tiny_model, engine="transformers")
+    group = GeneratorGroup(config.model_copy(update={"ray": config.ray.model_copy(update={"max_restarts": 1})}))
+    try:
+        group.ready(300)
+        with pytest.raises(EngineError, match=r"again 1 times .* replica 0 could not load policy 1 .*nowhere"):
+            group.sync(
+                Policy(version=1, path=tmp_path / "nowhere"), make_probe(Policy(version=0, path=tiny_model), tiny_model)
+            )
+    finally:
+        group.close()
 
 
 def test_an_unloadable_model_is_an_error_of_ours(tmp_path):

@@ -191,7 +191,7 @@ def test_a_replica_that_dies_again_and_again_ends_the_run(make):
     group, fake, _ = make(1, deadly=0.0, hungry=0.0, max_restarts=4)
     group.sync(POLICIES[0], PROBES[0])
     fake.deadly = 1.0
-    with pytest.raises(EngineError, match=r"generator replica \d was started again 4 times within 3600 s"):
+    with pytest.raises(EngineError, match=r"generator replica \d was started again 4 times within 12000 s"):
         list(group.generate(iter(CHUNKS), SamplingConfig(max_tokens=8)))
 
 
@@ -204,6 +204,55 @@ def test_a_replica_that_comes_back_with_other_weights_stops_the_run(make, monkey
     ))  # fmt: skip
     with pytest.raises(SyncError, match=r"generator replica 0 should hold policy 1"):
         list(group.generate(iter(CHUNKS), SamplingConfig(max_tokens=8)))
+
+
+def engine_error(words: str) -> Exception:
+    return RayTaskError("f", "", EngineError(words))
+
+
+def test_one_that_could_not_start_on_weights_that_are_gone_is_given_the_new_ones(make, monkeypatch):
+    group, _, observer = make(1, deadly=0.0, hungry=0.0)
+    group.sync(POLICIES[0], PROBES[0])
+    group.sync(POLICIES[1], PROBES[1])
+    start = FakeActor.start_
+    monkeypatch.setattr(
+        FakeActor, "start_",
+        lambda self, held: engine_error("no policy 1") if held and held[0].version == 1 else start(self, held),
+    )  # fmt: skip
+    group._replace(group._replicas[0], generators.ActorLostError("killed"))
+    assert [report.policy_version for report in group.sync(POLICIES[2], PROBES[2])] == [2, 2, 2]
+    assert [who for who, *_ in observer.restarts] == ["generator replica 0"]
+
+
+def test_weights_that_nobody_can_load_end_the_run_after_some_restarts(make, monkeypatch):
+    group, fake, _ = make(1, deadly=0.0, hungry=0.0, max_restarts=2)
+    monkeypatch.setattr(FakeActor, "sync_", lambda *args: engine_error("could not load policy 1"))
+    monkeypatch.setattr(FakeActor, "start_", lambda self, held: self.sync_() if held else ("float32", None))
+    with pytest.raises(EngineError, match=r"replica 0 was started again 2 times .* died: could not load policy 1\."):
+        group.sync(POLICIES[1], PROBES[1])
+    assert len(fake.actors) == 5
+
+
+def test_an_engine_that_fails_while_it_samples_is_replaced(make, monkeypatch):
+    group, fake, observer = make(1, deadly=0.0, hungry=0.0)
+    group.sync(POLICIES[0], PROBES[0])
+    sick = fake.actors[1]
+    healthy = FakeActor.mishap
+    monkeypatch.setattr(
+        FakeActor, "mishap",
+        lambda self, name: engine_error("a request is still running") if self is sick else healthy(self, name),
+    )  # fmt: skip
+    made = [found for _, groups in group.generate(iter(CHUNKS), SamplingConfig(max_tokens=8)) for found in groups]
+    assert len(made) == 21 and "still running" in observer.messages[0] and sick.dead
+
+
+def test_one_that_the_machine_had_no_memory_for_has_less_to_do_and_is_counted(make):
+    group, _, observer = make(1, deadly=0.0, hungry=0.0, max_restarts=1)
+    lost = generators.ActorLostError("its machine was running out of memory", memory=True)
+    assert group._replace(group._replicas[0], lost).sequences == 32
+    assert "32" in observer.messages[0] and "it is started again" in observer.messages[1]
+    with pytest.raises(EngineError, match="was started again 1 times"):
+        group._replace(group._replicas[0], lost)
 
 
 def test_a_closed_group_starts_nothing_again(make):

@@ -110,7 +110,7 @@ def test_a_process_that_dies_too_often_is_an_engine_error(group):
     pool.submit([make_group("wait")] * 4)  # it goes where less is under way: always to the other process
     doomed = pool.submit([make_group("die")])
     with pytest.raises(
-        EngineError, match=r"judge process 1 was started again 3 times within 3600 s .* and died: its process was"
+        EngineError, match=r"judge process 1 was started again 3 times within \d+ s .* and died: its process was"
     ):
         doomed.result(120)
 
@@ -196,6 +196,7 @@ def test_rules_and_closing(ray_here):
 def test_a_plugin_that_the_driver_finds_is_found_there_too(ray_here, tmp_path, monkeypatch):
     from actors.judges import JudgeGroup
 
+    monkeypatch.chdir(tmp_path)  # its judge cache is in the run's folder
     monkeypatch.setattr(sys, "path", [*sys.path, str(install(tmp_path))])
     judge = {"kind": "plugin", "name": "brevity", "options": {"weight": 3}}
     pool = JudgeGroup(Config.parse({**DATA, "judge": judge}))

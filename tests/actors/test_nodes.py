@@ -65,6 +65,7 @@ def test_a_replica_on_a_machine_that_goes_is_replaced_on_another(
         nodes.add_node(num_cpus=1, num_gpus=1)
         assert by_chunk([first, *answers]) == whole
         assert by_chunk(group.generate(CHUNKS, SAMPLING)) == whole
+        group.ready(300)  # where the other one did all of it, nobody has waited for the new one yet
         again = [node_of(replica) for replica in group._replicas]
         assert again[0] == places[0] and again[1] not in places
         assert "generator replica 1 is back after" in observer.messages[-1]

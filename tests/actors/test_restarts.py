@@ -166,7 +166,7 @@ def test_an_engine_without_memory_comes_back_with_half_its_sequences(pair: Repli
     found = by_chunk(pair.group.generate(CHUNKS, SAMPLING))
     assert token_ids(found) == token_ids(pair.whole)
     assert "with 16 sequences at the same time" in pair.told("ran out of memory")
-    assert "Set generator.max_num_seqs: 8" in pair.told("ran out of memory")
+    assert "generator.max_num_seqs=8`" in pair.told("ran out of memory")
     replica = pair.group._replicas[0]
     assert ray.get(replica.actor.__ray_call__.remote(lambda a: a._engine._config.max_num_seqs)) == 8
     assert pair.group._supervisor._restarts == {}, "that is no death to count"

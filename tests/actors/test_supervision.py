@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
-from actors.supervision import Progress, Pulse, Supervisor, Watch, limits_by_call, out_of_memory
-from online_po.errors import EngineError
+from actors.supervision import POLL_S, Progress, Pulse, Supervisor, Watch, limits_by_call
+from online_po.errors import EngineError, is_out_of_memory
 from online_po.sections import LimitsConfig
 from tests.fakes import FakeObserver, make_config
 
@@ -26,7 +28,7 @@ class Bench:
         self.watch = Watch(
             LIMITS, QUIET, ask=lambda actor: actor, answer=self.answer, kill=self.kill, clock=lambda: self.now
         )
-        self.watch._thread = object()  # type: ignore[assignment]  # the test looks itself
+        self.watch._thread = SimpleNamespace(is_alive=lambda: True)  # type: ignore[assignment]  # the test looks itself
 
     def answer(self, actor: str) -> Pulse | None:
         found = self.pulses.get(actor)
@@ -38,22 +40,28 @@ class Bench:
         self.killed.append(actor)
 
     def look(self, now: float, **calls: tuple[str | None, float] | Exception | None) -> list[str]:
-        """Looks at a time; a pulse is what it is at and since when, None where it does not come."""
-        self.now = now
+        """Looks until a time; a pulse is what it is at and since when, None where it does not come."""
         for actor, said in calls.items():
             self.pulses[actor] = (
                 Pulse(call=said[0], seconds=said[1], pid=1, node="n") if isinstance(said, tuple) else said
             )
-        self.watch.look()
+        while self.now < now:
+            self.now = min(now, self.now + POLL_S)
+            self.watch.look()
         return self.killed
+
+    def sleep(self, until: float) -> None:
+        """Nobody looks; then somebody does."""
+        self.now = until
+        self.watch.look()
 
 
 def test_work_may_take_as_long_as_it_likes_while_something_comes_of_it():
     bench = Bench()
     bench.watch.add("generator replica 0", "a")
-    for now in range(0, 100_000, 50):
+    for now in range(0, 10_000, 50):
         assert bench.look(now, a=("generate", 59.0)) == []
-    assert bench.look(100_000, a=(None, 10_000.0)) == [], "an idle actor may be idle"
+    assert bench.look(20_000, a=(None, 10_000.0)) == [], "an idle actor may be idle"
     assert bench.watch.why("a") is None
 
 
@@ -63,7 +71,7 @@ def test_who_hangs_is_named_with_the_limit_and_ended_once():
         bench.watch.add(f"learner rank {actor}", actor)
     assert bench.look(10, a=("update", 99.0), b=("update", 99.0)) == []
     assert bench.look(12, a=("update", 101.0), b=("update", 0.1)) == ["a"]
-    assert bench.watch.why("a") == "it hung: nothing came of `update` for 101 s (limits.step_s is 100)"
+    assert bench.watch.why("a").text == "it hung: nothing came of `update` for 101 s (limits.step_s is 100)"
     assert bench.look(13, b=("save", 50.0)) == ["a"]
     bench.watch.remove("a")
     assert bench.watch.why("a") is None
@@ -73,17 +81,17 @@ def test_a_process_that_gives_no_pulse_is_found_by_it():
     bench = Bench()
     bench.watch.add("a", "a")
     bench.look(100, a=("generate", 1.0))
-    assert bench.look(129, a=None) == []
-    assert bench.look(131, a=None) == ["a"]
-    assert "no sign of life for 31 s (limits.pulse_s is 30)" in bench.watch.why("a")
+    assert bench.look(135, a=None) == []
+    assert bench.look(140, a=None) == ["a"]
+    assert "no sign of life for 35 s (limits.pulse_s is 30)" in bench.watch.why("a").text
 
 
 def test_an_actor_that_never_starts_has_the_time_of_a_start():
     bench = Bench()
     bench.watch.add("a", "a")
-    assert bench.look(499, a=None) == []
-    assert bench.look(501, a=None) == ["a"]
-    assert "`start` for 501 s (ray.startup_timeout_s is 500)" in bench.watch.why("a")
+    assert bench.look(505, a=None) == []
+    assert bench.look(510, a=None) == ["a"]
+    assert "`start` for 505 s (ray.startup_timeout_s is 500)" in bench.watch.why("a").text
 
 
 def test_a_dead_actor_is_left_to_those_who_wait_for_it():
@@ -91,6 +99,49 @@ def test_a_dead_actor_is_left_to_those_who_wait_for_it():
     bench.watch.add("a", "a")
     assert bench.look(1000, a=ActorDiedError()) == []
     assert bench.look(9000, a=None) == []
+
+
+@pytest.mark.parametrize(
+    "error", [ActorUnavailableError("away", None), RayTaskError("pulse", "", KeyError("x")), KeyError("x")]
+)
+def test_one_that_is_out_of_reach_is_watched_on(error):
+    bench = Bench()
+    for actor in "ab":
+        bench.watch.add(actor, actor)
+    bench.look(10, a=("generate", 1.0), b=("generate", 1.0))
+    bench.look(30, a=error)
+    assert bench.look(35, a=("generate", 1.0)) == [], "it is back"
+    bench.look(60, a=error, b=("update", 101.0))
+    assert bench.killed == ["b"], "the others too"
+    assert bench.look(80) == ["b", "a"], "it counts as silence"
+
+
+def test_one_that_cannot_be_killed_is_killed_at_the_next_look():
+    bench = Bench()
+    kill, failures = bench.watch._kill, [PermissionError()]
+
+    def fails_once(actor, pulse):
+        if failures:
+            raise failures.pop()
+        kill(actor, pulse)
+
+    bench.watch._kill = fails_once
+    bench.watch.add("a", "a")
+    assert bench.look(5, a=("update", 101.0)) == []
+    assert bench.look(10) == ["a"]
+
+
+def test_a_pause_of_the_driver_is_nobodys_hang():
+    """Whether its actors paused with it or not, and whether an answer came meanwhile or not."""
+    bench = Bench()
+    for actor in "abc":
+        bench.watch.add(actor, actor)
+    bench.look(10, a=("generate", 1.0), b=("generate", 1.0), c=("generate", 1.0))
+    bench.pulses |= {"b": None, "c": Pulse(call="generate", seconds=4990.0, pid=1, node="n")}
+    bench.sleep(5000)
+    assert bench.look(5025) == []
+    assert bench.look(5045, a=("generate", 45.0)) == ["b"], "from then on silence counts again"
+    assert bench.look(5065, a=("generate", 1.0)) == ["b", "c"]
 
 
 def test_the_watch_looks_by_itself():
@@ -108,6 +159,14 @@ def test_the_watch_looks_by_itself():
         while actor not in killed and time.monotonic() < deadline:
             time.sleep(0.01)
     assert killed == ["a", "b"], "also after it had nobody to watch"
+
+
+def test_a_watch_whose_thread_is_gone_starts_another():
+    watch = Watch({"start": ("x", 1e6)}, QUIET, ask=lambda actor: actor, answer=lambda ref: None)
+    watch._thread = dead = threading.Thread(target=int)
+    watch.add("a", "a")
+    assert watch._thread is not dead and watch._thread.is_alive()
+    watch.remove("a")
 
 
 def test_progress_is_what_the_pulse_tells(monkeypatch):
@@ -133,10 +192,28 @@ def test_progress_is_what_the_pulse_tells(monkeypatch):
     assert seen == [(None, 5), ("judge", 1), ("judge", 3), ("judge", 1), ("judge", 2), (None, 1)]
 
 
+SHORT = {"startup_timeout_s": 5.0}
+LIMITS_S = {name: 5.0 for name in LimitsConfig.model_fields}
+
+
+def test_one_that_hangs_every_time_ends_the_run_with_the_limits_as_they_are(tmp_path):
+    now = [0.0]
+    supervisor = Supervisor(make_config(tmp_path), clock=lambda: now[0])
+    hang = LimitsConfig().step_s + 300  # type: ignore[call-arg]
+    for _ in range(3):
+        now[0] += hang
+        supervisor.lost("a", "it hung")
+    now[0] += hang
+    with pytest.raises(EngineError, match=r"^a was started again 3 times within 9600 s .* and died: it hung"):
+        supervisor.lost("a", "it hung")
+
+
 def test_restarts_are_counted_for_each_actor_within_the_window(tmp_path):
     now, observer = [0.0], FakeObserver()
     supervisor = Supervisor(
-        make_config(tmp_path, ray={"max_restarts": 2, "restart_window_s": 100.0}), observer, lambda: now[0]
+        make_config(tmp_path, ray={"max_restarts": 2, "restart_window_s": 100.0, **SHORT}, limits=LIMITS_S),
+        observer,
+        lambda: now[0],
     )
     for time_, who in ((0, "a"), (50, "a"), (60, "b"), (101, "a")):
         now[0] = time_
@@ -167,12 +244,14 @@ def test_no_restart_where_none_is_wanted(tmp_path):
         ),
         (ValueError("The request needs more KV cache blocks than there are"), True),
         (type("OutOfMemoryError", (RuntimeError,), {})(), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("an illegal memory access was encountered"), False),
         (KeyError("x"), False),
     ],
 )
 def test_want_of_memory_is_told_from_other_errors(error, expected):
-    assert out_of_memory(error) is expected
+    assert is_out_of_memory(error) is expected
     behind = RuntimeError("the engine died")
     behind.__cause__ = error
-    assert out_of_memory(behind) is expected
+    assert is_out_of_memory(behind) is expected

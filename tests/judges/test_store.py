@@ -11,7 +11,7 @@ from contextlib import closing
 import pytest
 
 from judges.questions import Answer
-from judges.store import Call, JudgeStore, prepare, release
+from judges.store import Call, JudgeStore, disown, prepare, release
 from online_po.errors import DamagedError, LedgerError
 from online_po.fail_points import VARIABLE
 from online_po.judge_cache import SCHEMA_VERSION, connect, judge_statistics, require_whole
@@ -141,6 +141,30 @@ def test_one_of_two_processes_asks(cache, store):
         assert asyncio.run(go()).value == 3
     finally:
         other.close()
+
+
+def test_nobody_waits_for_a_process_that_died_while_others_go_on(cache, store):
+    dead, alive = JudgeStore(cache, "dead"), JudgeStore(cache, "alive")
+
+    async def begin(who, name):
+        return await who.begin(key(name), 1, "j", 1, bound=0.5, budget=NO_BUDGET)
+
+    async def go():
+        await begin(dead, "a")
+        await begin(alive, "b")
+        assert await begin(store, "a") is None
+        disown(cache, "dead")
+        assert isinstance(await begin(store, "a"), int), "it is asked again"
+        assert await begin(store, "b") is None, "others' calls are still theirs"
+
+    try:
+        asyncio.run(go())
+        with closing(sqlite3.connect(cache)) as connection:
+            assert connection.execute("SELECT outcome FROM calls").fetchall() == [("lost",), ("open",), ("open",)]
+            assert connection.execute("SELECT calls, money FROM spent").fetchall() == [(3, 0.5)]
+    finally:
+        dead.close()
+        alive.close()
 
 
 def test_hits_are_written_while_nothing_else_is(cache, store):
