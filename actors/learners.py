@@ -370,7 +370,8 @@ class LearnerGroup:
         if len(hung) < 2:
             return None
         first = next(iter(hung.values()))
-        return f"ranks {', '.join(map(str, hung))} stand still in `{first.call}`: {first.text}"
+        at = "" if first.call is None else f" in `{first.call}`"
+        return f"ranks {', '.join(map(str, hung))} stand still{at}: {first.text}"
 
 
 class _RankError(Exception):

@@ -31,7 +31,8 @@ class GeneratorReplica:
         self._engine: Engine
         self._held: tuple[Policy, Probe] | None = None
         """What it samples with; None before the first sync."""
-        self._lost: SyncError | None = None
+        self._lost: OnlinePOError | None = None
+        """Why it does not hold what it samples with."""
         self._progress = Progress()
 
     @ray.method(concurrency_group="pulse")
@@ -110,7 +111,7 @@ class GeneratorReplica:
             f"generator replica {self._replica} answered as policy {answered}, but is not policy "
             f"{self._held[0].version} again"
         )
-        self._lost = SyncError(what)
+        self._lost = EngineError(what)
         _, said = self._load(*self._held)
         gaps = [abs(now - then) for now, then in zip(said, self._said, strict=True)]
         off = sum(gaps) / len(gaps)

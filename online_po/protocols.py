@@ -116,8 +116,8 @@ class Learner(Protocol):
         ...
 
     def restart(self, lost: LearnerLostError) -> None:
-        """Starts its processes again after a call raised this; the learner is then as it was when it was made. Raises
-        EngineError where that happens too often."""
+        """Starts its processes again after a call raised this; the learner is then as it was when it was made, but for
+        smaller micro-batches where it had too little memory. Raises EngineError where that happens too often."""
         ...
 
 

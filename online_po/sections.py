@@ -148,7 +148,8 @@ class GeneratorConfig(SamplingConfig):
         None,
         ge=1,
         description="Context the engine allocates for. null: prompts.max_tokens + generator.max_tokens, as far as "
-        "the model's own context goes. May be another one when a run goes on: responses that reach it end there.",
+        "the model's own context goes. May be another one when a run goes on: it ends no response, but is "
+        "all that a question to the policy as its own judge may take.",
     )
     gpu_memory_utilization: float | None = Field(
         None,

@@ -61,18 +61,19 @@ class Kill:
 
 
 def make_run(folder: Path, rounds: int, engine: str, replicas: int, ranks: int, model: Path) -> Path:
-    """A run's config and everything it names, in a folder."""
+    """A run's config and everything it names, in a folder, but for the prompts, which lie beside it."""
     folder.mkdir(parents=True)
     (folder / "letters_judge.py").write_text(JUDGE)
     rows = [{"prompt": f"say something about number {i}"} for i in range(40)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = folder.parent / "prompts.jsonl"  # one file for both runs, whose configs are compared
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     generator: dict[str, Any] = {"engine": engine, "replicas": replicas, "max_tokens": 32, "chunk_prompts": 2}
     if engine == "vllm":
         generator["cpu_kv_cache_gib"] = 0.2
     config = {
         "run": {"name": "run", "dir": str(folder), "seed": 3, "tensorboard": False},
         "model": {"path": str(model)},
-        "prompts": {"path": str(folder / "prompts.jsonl"), "heldout_size": 4, "max_tokens": 96},
+        "prompts": {"path": str(prompts), "heldout_size": 4, "max_tokens": 96},
         "loop": {"rounds": rounds, "prompts_per_round": 8, "responses_per_prompt": 2},
         "generator": {**generator, "threads": 1},
         "judge": {"kind": "python", "function": "letters_judge:letters", "concurrency": 2},

@@ -272,8 +272,8 @@ def test_ranks_meet_on_their_nodes_address_alone():
 
 
 LISTENING = """
-import sys
-import psutil
+import os, sys
+import psutil, ray
 from actors import cluster
 from actors.learners import LearnerGroup
 from tests.fakes import make_config
@@ -282,6 +282,9 @@ config = make_config(Path("/tmp"), model__path=sys.argv[1], learner__ranks=2, le
 cluster.start(config.ray)
 group = LearnerGroup(config)
 group.ready(120)
+# Where the host's name leads to loopback anyway, what they listen on would not show it.
+for rank in group._ranks:
+    assert ray.get(rank.__ray_call__.remote(lambda _: os.environ["GLOO_SOCKET_IFNAME"])) == "lo"
 for process in psutil.Process().children(recursive=True):
     for connection in process.net_connections(kind="inet"):
         if connection.status == psutil.CONN_LISTEN:

@@ -10,7 +10,7 @@ import ray
 
 from actors.generators import GeneratorGroup, GeneratorReplica
 from make_tiny_model import make_tiny_model
-from online_po.errors import SyncError
+from online_po.errors import EngineError, SyncError
 from online_po.sections import SamplingConfig
 from online_po.types import Policy, Probe
 from tests.actors.engines import by_chunk, make_config, make_probe, make_request
@@ -127,7 +127,7 @@ def replica_of(engine, monkeypatch):
 def test_weights_that_do_not_load_leave_the_sampling_ones_in_place(monkeypatch):
     replica = replica_of(FakeEngine(), monkeypatch)
     replica.sync(*fake(2))
-    with pytest.raises(SyncError, match="could not load policy 1"):
+    with pytest.raises(EngineError, match="could not load policy 1"):
         replica.answer(["q"], SAMPLING, *fake(1, "missing"))
     assert list(replica.generate(["q"], SAMPLING)) == [{0: "by 2"}]
 
@@ -136,10 +136,10 @@ def test_sampling_weights_that_do_not_load_again_end_it_all(monkeypatch):
     replica = replica_of(FakeEngine(), monkeypatch)
     replica.sync(*fake(2))
     monkeypatch.setattr(replica, "_held", fake(2, "missing"))
-    with pytest.raises(SyncError, match="could not load policy 2"):
+    with pytest.raises(EngineError, match="could not load policy 2"):
         replica.answer(["q"], SAMPLING, *fake(1))
     for ask in (lambda: next(replica.generate(["q"], SAMPLING)), lambda: replica.answer(["q"], SAMPLING, *fake(2))):
-        with pytest.raises(SyncError, match="answered as policy 1, but is not policy 2 again"):
+        with pytest.raises(EngineError, match="answered as policy 1, but is not policy 2 again"):
             ask()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
-from actors.supervision import POLL_S, Progress, Pulse, Supervisor, Watch, limits_by_call
+from actors.supervision import POLL_S, Progress, Pulse, Supervisor, Watch, end, limits_by_call
 from online_po.errors import EngineError, is_out_of_memory
 from online_po.sections import LimitsConfig
 from tests.fakes import FakeObserver, make_config
@@ -129,6 +129,18 @@ def test_one_that_cannot_be_killed_is_killed_at_the_next_look():
     bench.watch.add("a", "a")
     assert bench.look(5, a=("update", 101.0)) == []
     assert bench.look(10) == ["a"]
+
+
+def test_a_process_whose_number_is_another_users_by_now_is_left_alone(monkeypatch):
+    def kill(pid, number):
+        raise PermissionError
+
+    killed: list[str] = []
+    monkeypatch.setattr("actors.supervision.ray.kill", killed.append)
+    monkeypatch.setattr("actors.supervision.ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "n"))
+    monkeypatch.setattr("actors.supervision.os.kill", kill)
+    end("a", Pulse(call=None, seconds=0.0, pid=1, node="n"))
+    assert killed == ["a"]
 
 
 def test_a_pause_of_the_driver_is_nobodys_hang():
