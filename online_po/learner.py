@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
-from online_po import policy_model
+from online_po import files, policy_model
 from online_po.adapters import adapter_replaced, blend_adapters
 from online_po.batching import MISMATCHED, Examples, MicroBatch, epoch_order, global_batches
 from online_po.errors import ConfigError, OnlinePOError, first_line, is_out_of_memory
@@ -327,18 +327,20 @@ class TorchLearner:
         """
         whole = self._gathered()
         if self.rank == 0:
-            policy_model.write_policy(policy_dir, self.model, whole)
-            if self.config.lora is None:
-                self.tokenizer.save_pretrained(policy_dir)
+            with files.explained(policy_dir):
+                policy_model.write_policy(policy_dir, self.model, whole)
+                if self.config.lora is None:
+                    self.tokenizer.save_pretrained(policy_dir)
         fail_point("learner.policy_saved")
         del whole  # before the moments, which are twice as large
         self._tick()
         moments = optimizer_tensors(self.optimizer, self._trained(), tick=self._tick)
         if self.rank == 0:
-            trainer_dir.mkdir(parents=True, exist_ok=True)
-            write_optimizer(trainer_dir / OPTIMIZER_FILE, moments)
-            self._tick()
-            (trainer_dir / STATE_FILE).write_text(self._state(version=round_), encoding="utf-8")
+            with files.explained(trainer_dir):
+                trainer_dir.mkdir(parents=True, exist_ok=True)
+                write_optimizer(trainer_dir / OPTIMIZER_FILE, moments)
+                self._tick()
+                (trainer_dir / STATE_FILE).write_text(self._state(version=round_), encoding="utf-8")
         self._barrier()
         self.version = round_
 

@@ -148,6 +148,8 @@ class FakeLearner:
         self.log: list[tuple] = []
         self.taken: list[tuple[int, int]] = []
         """(round, step) of each optimizer step."""
+        self.also: dict[str, float] = {}
+        """More metrics of each step."""
         self.betas: list[Sequence[float | None] | None] = []
         self.new_references: list[bool] = []
 
@@ -184,7 +186,7 @@ class FakeLearner:
             for step in range(plan.done + 1, self.steps + 1):
                 self.skill += (float(gain.mean()) + 0.1 * anchor) / step
                 self.taken.append((round_, step))
-                made.append({"loss": -self.skill, kind: examples.num_rows / 2, "learning_rate": 1.0})
+                made.append({"loss": -self.skill, kind: examples.num_rows / 2, "learning_rate": 1.0} | self.also)
                 if plan.is_due(step, self.steps):
                     writer.write(step, made, partial(_write_skill, json.dumps(self.skill)))
                 yield made[-1]
