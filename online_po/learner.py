@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -325,24 +326,31 @@ class TorchLearner:
 
         trainer.json is written last, after everything else in either folder: where it is, all of them is.
         """
-        whole = self._gathered()
-        if self.rank == 0:
-            with files.explained(policy_dir):
-                policy_model.write_policy(policy_dir, self.model, whole)
-                if self.config.lora is None:
-                    self.tokenizer.save_pretrained(policy_dir)
-        fail_point("learner.policy_saved")
-        del whole  # before the moments, which are twice as large
-        self._tick()
-        moments = optimizer_tensors(self.optimizer, self._trained(), tick=self._tick)
-        if self.rank == 0:
-            with files.explained(trainer_dir):
-                trainer_dir.mkdir(parents=True, exist_ok=True)
-                write_optimizer(trainer_dir / OPTIMIZER_FILE, moments)
-                self._tick()
-                (trainer_dir / STATE_FILE).write_text(self._state(version=round_), encoding="utf-8")
+        with ThreadPoolExecutor(1, thread_name_prefix="policy") as pool:
+            writing = pool.submit(self._write_policy, policy_dir, self._gathered())
+            if self.device.type != "cpu" or self.ranks > 1:
+                writing.result()  # gathered tensors are copies: they go before the moments, which are twice as large
+            moments = optimizer_tensors(self.optimizer, self._trained(), tick=self._tick)
+            if self.rank == 0:
+                with files.explained(trainer_dir):
+                    trainer_dir.mkdir(parents=True, exist_ok=True)
+                    write_optimizer(trainer_dir / OPTIMIZER_FILE, moments)
+                    self._tick()
+                    writing.result()
+                    (trainer_dir / STATE_FILE).write_text(self._state(version=round_), encoding="utf-8")
         self._barrier()
         self.version = round_
+
+    def _write_policy(self, folder: Path, whole: dict[str, Tensor]) -> None:
+        """On rank 0, durably: the disk writes while the moments are."""
+        if self.rank == 0:
+            with files.explained(folder):
+                policy_model.write_policy(folder, self.model, whole)
+                if self.config.lora is None:
+                    self.tokenizer.save_pretrained(folder)
+            self._tick()
+            files.sync_folder(folder)
+        fail_point("learner.policy_saved")
 
     def _save_step(self, step: int, metrics: list[dict[str, float]], writer: StepWriter) -> None:
         """Copies the state after a step, and leaves it to `writer` to write it. All ranks must call it."""
