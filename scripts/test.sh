@@ -17,6 +17,6 @@ python scripts/make_demo_model.py # the quickstart's model is made as on a new m
 if (($#)); then
     exec python -m pytest "$@"
 fi
-alone="slow or vllm or distributed" # tests that start processes of their own: one at a time
+alone="vllm or distributed" # engines, Ray and groups of processes: one test at a time
 python -m pytest -m "not ($alone)" --numprocesses 2 --dist loadfile
 python -m pytest -m "$alone"

@@ -295,6 +295,7 @@ cluster.stop()
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 def test_no_process_of_ray_listens_beyond_loopback(tiny_model):
     """Of two learner ranks either, which meet and talk through torch."""
     root = Path(__file__).parents[1]
