@@ -78,7 +78,8 @@ def test_a_resume_that_forgets_the_weights_is_found():
     command = [sys.executable, "-c", f"import sys; sys.path[:0] = {[str(Path(chaos.__file__).parent)]!r}; {BROKEN}"]
     code, output, table = run_chaos("--engine", "fakes", "--shape", "ahead", "--point", "commit.end:2", command=command)
     assert code == 1
-    wrong = sorted(set(re.findall(r"^  rounds/(\d+)/", output, re.MULTILINE)))
+    # Which old weights are kept hangs on the scores of later policies.
+    wrong = sorted(set(re.findall(r"^  rounds/(\d+)/(?!policy|trainer)", output, re.MULTILINE)))
     assert wrong[0] == "000003" and "000003/metrics.jsonl: [0].loss: " in output, "round 2 was committed"
     assert table["points"]["commit.end"]["mismatches"] == 1
 
