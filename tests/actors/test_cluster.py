@@ -30,7 +30,9 @@ def test_one_gpu_is_shared_and_two_are_not(tmp_path, monkeypatch):
 
 def test_an_engine_and_a_rank_share_each_gpu(tmp_path, monkeypatch):
     """With Ray's own bookkeeping, on GPUs that need not exist."""
-    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="error")
+    ray.init(
+        "local", num_cpus=2, num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="error"
+    )
 
     class Holder:
         def gpus(self):

@@ -25,7 +25,9 @@ PAIRS = make_pairs(12)
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="warning")
+    ray.init(
+        "local", num_cpus=2, num_gpus=0, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="warning"
+    )
     yield
     ray.shutdown()
 

@@ -33,7 +33,9 @@ CHUNKS = [(i, [make_request(2 * i), make_request(2 * i + 1)]) for i in range(6)]
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="error")
+    ray.init(
+        "local", num_cpus=2, num_gpus=0, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="error"
+    )
     yield
     ray.shutdown()
 

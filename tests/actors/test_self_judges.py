@@ -23,7 +23,9 @@ REQUESTS = [make_request(i, samples=1) for i in range(5)]
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="error")
+    ray.init(
+        "local", num_cpus=2, num_gpus=0, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="error"
+    )
     yield
     ray.shutdown()
 

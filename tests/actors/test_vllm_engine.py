@@ -31,7 +31,7 @@ SAMPLING = SamplingConfig(max_tokens=24)
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="error")
+    ray.init("local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="error")
     yield
     ray.shutdown()
 
