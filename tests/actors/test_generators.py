@@ -22,18 +22,9 @@ from tests.actors.engines import (
     make_request,
 )
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("cluster")]
 
 SAMPLING = SamplingConfig(max_tokens=12)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(
-        "local", num_cpus=2, num_gpus=0, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="error"
-    )
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,8 @@ from online_po.types import Policy
 from tests.fakes import FakeObserver, make_config
 from tests.learner_setup import collect_logps, make_pairs
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("cluster")]
 PAIRS = make_pairs(12)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(
-        "local", num_cpus=2, num_gpus=0, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="error"
-    )
-    yield
-    ray.shutdown()
 
 
 class Two:

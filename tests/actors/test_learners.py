@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,8 @@ from online_po.errors import ConfigError, LearnerLostError, NonFiniteError, Onli
 from online_po.types import Policy
 from tests.learner_setup import collect_logps, make_pairs
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("cluster")]
 PAIRS = make_pairs(12)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(
-        "local", num_cpus=2, num_gpus=0, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="warning"
-    )
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

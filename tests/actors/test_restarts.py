@@ -25,19 +25,10 @@ from tests.actors.engines import by_chunk, make_config, make_probe, make_request
 from tests.fakes import FakeObserver
 from tests.learner_setup import collect_logps, make_pairs
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("cluster")]
 
 SAMPLING = SamplingConfig(max_tokens=12)
 CHUNKS = [(i, [make_request(2 * i), make_request(2 * i + 1)]) for i in range(6)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(
-        "local", num_cpus=2, num_gpus=0, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="error"
-    )
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

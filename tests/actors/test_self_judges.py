@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import ray
 
 from actors.generators import GeneratorGroup, GeneratorReplica
 from make_tiny_model import make_tiny_model
@@ -19,15 +18,6 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 SAMPLING = SamplingConfig(max_tokens=12, temperature=0.0)
 REQUESTS = [make_request(i, samples=1) for i in range(5)]
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(
-        "local", num_cpus=2, num_gpus=0, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="error"
-    )
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +77,7 @@ def test_weights_that_are_not_the_policys_do_not_judge(group, policies):
 
 def test_a_replica_that_does_not_come_back_samples_nothing_more(tiny_model, policies, monkeypatch):
     replica = GeneratorReplica(0, make_config(tiny_model, engine="transformers"))
-    replica.start()
+    replica.start(None)
     replica.sync(*policies[1])
     monkeypatch.setattr(replica, "_held", (Policy(version=1, path=policies[2][0].path), policies[1][1]))
     with pytest.raises(SyncError, match=r"is not policy 1 again.*judge\.policy: current"):

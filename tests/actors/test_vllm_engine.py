@@ -23,17 +23,10 @@ from tests.actors.engines import (
     teacher_forced,
 )
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("cluster")]
 pytest.importorskip("vllm")
 
 SAMPLING = SamplingConfig(max_tokens=24)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init("local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="error")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
