@@ -259,9 +259,9 @@ class LearnerGroup:
         """See `online_po.protocols.Learner.token_logps`."""
         return self._call("token_logps", list(token_ids))
 
-    def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> None:
+    def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> dict[str, str]:
         """See `online_po.protocols.Learner.save`. With ranks on several machines the folders must be shared."""
-        self._call("save", round_, policy_dir.absolute(), trainer_dir.absolute())
+        return self._call("save", round_, policy_dir.absolute(), trainer_dir.absolute())
 
     def blend(self, reference: Policy, alpha: float, folder: Path) -> None:
         """See `online_po.protocols.Learner.blend`."""

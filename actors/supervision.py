@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import (
     ActorPlacementGroupRemoved,
@@ -36,6 +37,8 @@ PULSE_GROUP = {"pulse": 1}
 """Ray's concurrency groups of every actor: its pulse is felt while it works."""
 POLL_S = 5.0
 """How often the watch looks, at most."""
+HEARS_S = 2.0
+"""So long a process has to end after Ray told it to."""
 LATE_S = 10.0
 """A look that comes so much too late was kept from it (a stopped driver, say): time before it counts for nobody."""
 
@@ -262,8 +265,12 @@ def end(actor: Any, pulse: Pulse | None) -> None:
     """Kills an actor; `pulse`: a recent one of it, by which its process is known."""
     ray.kill(actor)
     # A process that was stopped or sits in the kernel does not hear Ray. On other machines its own raylet has to do.
-    if pulse is not None and pulse.node == ray.get_runtime_context().get_node_id():
-        with suppress(ProcessLookupError, PermissionError):  # gone, and its number perhaps another user's by now
+    if pulse is None or pulse.node != ray.get_runtime_context().get_node_id():
+        return
+    with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):  # gone; its number another's by now
+        try:
+            psutil.Process(pulse.pid).wait(HEARS_S)  # one that ends by a signal is told of as a crash, by Ray
+        except psutil.TimeoutExpired:
             os.kill(pulse.pid, signal.SIGKILL)
 
 

@@ -37,13 +37,14 @@ from online_po.logps import LogpModel, require_known_head
 from online_po.loss_configs import LossBase
 from online_po.model_config import load_tokenizer
 from online_po.objective import Objective
-from online_po.optimizer import build_optimizer, optimizer_tensors, read_optimizer, write_optimizer
+from online_po.optimizer import build_optimizer, optimizer_tensors, read_optimizer
 from online_po.schedule import learning_rate, run_progress
 from online_po.scoring import Scoring
 from online_po.sections import LearnerConfig, ModelConfig
 from online_po.seeds import stable_seed
 from online_po.step_checkpoints import StepPlan, StepWriter
 from online_po.steps import Known, Stepper
+from online_po.tensor_file import write_tensors
 from online_po.types import Policy
 
 STATE_VERSION = 3
@@ -321,11 +322,12 @@ class TorchLearner:
                 self.tokenizer.save_pretrained(folder)
         self._barrier()
 
-    def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> None:
+    def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> dict[str, str]:
         """See `online_po.protocols.Learner.save`. The trainer folder does not depend on the number of ranks.
 
         trainer.json is written last, after everything else in either folder: where it is, all of them is.
         """
+        hashes: dict[str, str] = {}
         with ThreadPoolExecutor(1, thread_name_prefix="policy") as pool:
             writing = pool.submit(self._write_policy, policy_dir, self._gathered())
             if self.device.type != "cpu" or self.ranks > 1:
@@ -334,12 +336,13 @@ class TorchLearner:
             if self.rank == 0:
                 with files.explained(trainer_dir):
                     trainer_dir.mkdir(parents=True, exist_ok=True)
-                    write_optimizer(trainer_dir / OPTIMIZER_FILE, moments)
-                    self._tick()
+                    digest = write_tensors(trainer_dir / OPTIMIZER_FILE, moments, self._tick)
+                    hashes[f"trainer/{OPTIMIZER_FILE}"] = digest
                     writing.result()
                     (trainer_dir / STATE_FILE).write_text(self._state(version=round_), encoding="utf-8")
         self._barrier()
         self.version = round_
+        return hashes
 
     def _write_policy(self, folder: Path, whole: dict[str, Tensor]) -> None:
         """On rank 0, durably: the disk writes while the moments are."""
@@ -362,7 +365,7 @@ class TorchLearner:
 
         def write(folder: Path) -> None:
             save_file(policy, folder / POLICY_FILE)
-            write_optimizer(folder / OPTIMIZER_FILE, moments)
+            write_tensors(folder / OPTIMIZER_FILE, moments)
             (folder / STATE_FILE).write_text(state, encoding="utf-8")
 
         if self.rank == 0:

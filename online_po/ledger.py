@@ -330,19 +330,21 @@ class Ledger(Pieces):
         return sum(row["kind"] == "step" for path in files_ for row in files.read_json_lines(path))
 
     @contextmanager
-    def weights(self, round_: int) -> Iterator[tuple[Path, Path]]:
-        """Gives (policy folder, trainer folder) to write to; both appear whole when the block ends."""
+    def weights(self, round_: int) -> Iterator[tuple[Path, Path, dict[str, str]]]:
+        """Gives (policy folder, trainer folder) to write to; both appear whole when the block ends. The third takes the
+        hashes that the writer has (`online_po.protocols.Learner.save`)."""
         folder = self.round_dir(round_)
         with (
             files.atomic_folder(folder / "policy") as policy,
             files.atomic_folder(folder / "trainer") as trainer,
         ):
-            yield policy, trainer
+            hashes: dict[str, str] = {}
+            yield policy, trainer, hashes
             for written in (policy, trainer):
                 self._require_arrived(round_, written)
             self.run_lock.require_held()
             with ThreadPoolExecutor(1) as pool:  # hashed while the disk writes
-                hashing = pool.submit(self.weight_hashes, policy=policy, trainer=trainer)
+                hashing = pool.submit(self.weight_hashes, policy, trainer, hashes)
                 for written in (policy, trainer):
                     files.sync_folder(written)
                 self._hashed[round_] = hashing.result()

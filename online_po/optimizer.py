@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -50,8 +49,8 @@ def optimizer_tensors(
     copy: bool = False,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """AdamW's state as "parameter name/state name" -> whole tensor, as `gather` gives it. All ranks must call it.
-    `tick` is called after each."""
+    """AdamW's state as "parameter name/state name" -> whole tensor, as `gather` gives it: it does not depend on the
+    number of ranks. All ranks must call it. `tick` is called after each."""
     found = {}
     for name, parameter in trained.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -60,19 +59,14 @@ def optimizer_tensors(
     return found
 
 
-def write_optimizer(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes what `optimizer_tensors` gave; the file does not depend on the number of ranks."""
-    save_file(tensors, path)
-
-
 def read_optimizer(
     path: Path,
     optimizer: torch.optim.Optimizer,
     trained: dict[str, nn.Parameter],
     tick: Callable[[], None] = lambda: None,
 ) -> None:
-    """Replaces the optimizer's state by the file's, one tensor at a time. All ranks must call it. `tick` is called
-    after each."""
+    """Replaces the optimizer's state by the one in a file of `optimizer_tensors`, one tensor at a time. All ranks must
+    call it. `tick` is called after each."""
     optimizer.state.clear()
     with safe_open(path, "pt") as file:
         stored = set(file.keys())

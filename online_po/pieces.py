@@ -6,7 +6,7 @@ Every piece appears whole (`online_po.files`), and what reads one raises LedgerE
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -168,7 +168,7 @@ class Pieces:
         folder = self.round_dir(round_).absolute() / STEPS
         if (record := self._trained(round_)) is not None:
             root = self.round_dir(round_)
-            if self.weight_hashes(policy=root / "policy", trainer=root / "trainer") == record["files"]:
+            if self.weight_hashes(root / "policy", root / "trainer") == record["files"]:
                 trained = Trained(**record["trained"])
                 tell(f"round {round_} was saved after its last step, {len(trained.steps)}; it is not trained again")
                 return StepPlan(folder=folder, every=every, trained=trained)
@@ -192,16 +192,20 @@ class Pieces:
         path = self.round_dir(round_) / STEPS / TRAINED
         return files.read_json(path) if path.exists() and files.is_whole(path) else None
 
-    def weight_hashes(self, **folders: Path) -> dict[str, str]:
-        """Path in a round's folder -> sha256, of all files in these folders of it, by their names there."""
+    def weight_hashes(self, policy: Path, trainer: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+        """policy/FILE, trainer/FILE -> SHA-256, of all files in these two folders. `known`: the same of those that need
+        not be read."""
         found = {
             f"{name}/{path.relative_to(folder)}": path
-            for name, folder in folders.items()
+            for name, folder in (("policy", policy), ("trainer", trainer))
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
+        known = known or {}
+        unknown = [name for name in found if name not in known]
         with files.explained(self.root):
-            return dict(zip(found, files.sha256(list(found.values())), strict=True))
+            hashes = dict(zip(unknown, files.sha256([found[name] for name in unknown]), strict=True))
+        return {name: known.get(name) or hashes[name] for name in found}
 
     def write_metrics(self, round_: int, rows: list[dict[str, Any]]) -> None:
         self.run_lock.require_held()

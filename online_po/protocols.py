@@ -97,10 +97,11 @@ class Learner(Protocol):
         """(T,) token ids -> (T - 1,) logps in nats of token_ids[1:] under the current weights."""
         ...
 
-    def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> None:
+    def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> dict[str, str]:
         """Writes the weights (loadable by transformers, PEFT and vLLM as they are) and everything else
         a later `load` needs to go on exactly (optimizer state, RNG). The weights are policy version
-        `round_` from here on."""
+        `round_` from here on. Returns the SHA-256, in hex, of the files that it hashed as it wrote
+        them, by names as policy/FILE and trainer/FILE; the others are hashed from the disk."""
         ...
 
     def blend(self, reference: Policy, alpha: float, folder: Path) -> None:

@@ -135,8 +135,8 @@ def train_round(parts: Parts, round_: int) -> None:
     with parts.phase("save", round_):
         if plan.trained is None:
             require_room(ledger, round_, parts.expected, weights_only=True)
-            with ledger.weights(round_) as (policy_dir, trainer_dir):
-                parts.learner.save(round_, policy_dir, trainer_dir)
+            with ledger.weights(round_) as (policy_dir, trainer_dir, hashes):
+                hashes |= parts.learner.save(round_, policy_dir, trainer_dir)
             probe = probe_of(parts.learner, ledger.committed(0).probe.token_ids)
             ledger.write_trained(round_, Trained(steps=steps, token_logps=list(probe.token_logps)))
         else:

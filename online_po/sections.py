@@ -354,7 +354,7 @@ class LimitsConfig(Section):
     weights_s: float = Field(
         1800.0,
         gt=0,
-        description="A rank: while it reads or writes a file of weights or optimizer state, or gathers or spreads one "
+        description="A rank: while it reads or writes a file of weights, or gathers or spreads one "
         "tensor of them. An engine: while it reads weights and proves them.",
     )
     pulse_s: float = Field(

@@ -77,7 +77,7 @@ def main() -> None:
             return commit(ledger, *given, **named)
 
     @contextmanager
-    def counted_weights(ledger: Ledger, round_: int) -> Iterator[tuple[Path, Path]]:
+    def counted_weights(ledger: Ledger, round_: int) -> Iterator[tuple[Path, Path, dict[str, str]]]:
         with counted("policy and trainer"), weights(ledger, round_) as folders:
             yield folders
 

@@ -197,9 +197,10 @@ class FakeLearner:
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         return [self.skill] * (len(token_ids) - 1)
 
-    def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> None:
+    def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> dict[str, str]:
         (policy_dir / "skill.json").write_text(json.dumps(self.skill))
         (trainer_dir / "state.json").write_text(json.dumps({"round": round_}))
+        return {}
 
     def blend(self, reference: Policy, alpha: float, folder: Path) -> None:
         blended = alpha * self.skill + (1 - alpha) * read_skill(reference)

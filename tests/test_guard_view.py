@@ -135,7 +135,7 @@ def test_a_run_that_ended_early_is_finished_and_says_so(tmp_path):
 
 def test_export_takes_the_best_round_where_the_run_may_end_early(tmp_path, tiny_model):
     ledger = make_run(tmp_path / "runs", tiny_model, is_adapter=False)
-    with ledger.weights(2) as (policy, trainer):
+    with ledger.weights(2) as (policy, trainer, _):
         for path in (ledger.round_dir(1) / "policy").iterdir():
             (policy / path.name).write_bytes(path.read_bytes())
         (policy / "round").write_text("2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -348,7 +349,9 @@ def test_trainer_json_is_the_last_file_written(
 
     policy, trainer = tmp_path / "policy", tmp_path / "trainer"
     monkeypatch.setattr(Path, "write_text", spy)
-    learner.save(1, policy, trainer)
+    hashes = learner.save(1, policy, trainer)
+    path = trainer / "optimizer.safetensors"
+    assert hashes == {"trainer/optimizer.safetensors": hashlib.sha256(path.read_bytes()).hexdigest()}
     after = {file.name for folder in (trainer, policy) for file in folder.iterdir()}
     assert written == [after - {"trainer.json"}] and "optimizer.safetensors" in after
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ from online_po import files
 from online_po.errors import ConfigError, LedgerError
 from online_po.ledger import Ledger
 from online_po.retention import Retention
+from online_po.step_checkpoints import Trained
 from online_po.tables import prompts_to_table
 from online_po.types import Group, JudgeFailure, Judgement, MemberScores, Policy, Probe, Reference, Response
 from tests.fakes import make_config, make_prompts
@@ -30,7 +32,7 @@ def ledger(tmp_path):
 
 
 def write_round(ledger: Ledger, round_: int, reference: Reference = Reference(round=0)) -> None:
-    with ledger.weights(round_) as (policy, trainer):
+    with ledger.weights(round_) as (policy, trainer, _):
         (policy / "model.safetensors").write_bytes(bytes(range(100)))
         (trainer / "state.json").write_text("{}")
     if reference == Reference(round=round_, blended=True):
@@ -209,6 +211,21 @@ def test_scores_go_with_the_responses_they_were_given_to(ledger):
     assert ledger.has_judgements(1, 0) and not ledger.has_responses(1, 1) and not ledger.has_judgements(1, 1)
 
 
+def test_what_a_disk_made_of_weights_is_held_against_what_it_was_given(ledger):
+    """The writer's own hash counts, where it has one."""
+    given = hashlib.sha256(b"moments").hexdigest()
+    with ledger.weights(1) as (policy, trainer, hashes):
+        (policy / "model.safetensors").write_bytes(b"weights")
+        (trainer / "optimizer.safetensors").write_bytes(b"monents")
+        hashes["trainer/optimizer.safetensors"] = given
+    ledger.write_trained(1, Trained(steps=[], token_logps=[]))
+    commit = ledger.commit(1, is_adapter=False, reference=Reference(round=0), probe=PROBE)
+    assert commit.files["trainer/optimizer.safetensors"]["sha256"] == given
+    ledger.verify(1, "policy")
+    with pytest.raises(LedgerError, match=r"trainer/optimizer\.safetensors' is damaged"):
+        ledger.verify(1, "trainer")
+
+
 def test_weights_that_arrived_elsewhere_are_not_committed(ledger):
     """As on a cluster whose nodes do not share run.dir."""
     with pytest.raises(LedgerError, match=r"run\.dir must be a folder that every node"), ledger.weights(1):
@@ -297,7 +314,7 @@ def test_torn_json_is_named(ledger):
 @pytest.mark.parametrize("text", ["[Errno 28] No space left on device", "I/O: No space left on device (os error 28)"])
 def test_a_full_disk_leaves_nothing_torn_and_says_so(ledger, text):
     write_round(ledger, 1)
-    with pytest.raises(LedgerError, match="no space left for .* free some space"), ledger.weights(1) as (p, _):
+    with pytest.raises(LedgerError, match="no space left for .* free some space"), ledger.weights(1) as (p, _, _):
         (p / "model.safetensors").write_bytes(b"half")
         raise RuntimeError(text)
     assert not list(ledger.round_dir(1).glob(f"*{files.TMP}"))

@@ -230,7 +230,7 @@ def test_who_was_taken_over_writes_nothing_any_more(tmp_path, blind, write):
                 case "prune":
                     ledger.prune(3, 1, {}, None)
                 case "weights":
-                    with ledger.weights(1) as (policy, trainer):
+                    with ledger.weights(1) as (policy, trainer, _):
                         (policy / "w").touch()
                         (trainer / "w").touch()
         assert [path for path in sorted(tmp_path.rglob("*")) if path != folder and path != folder.parent] == before

@@ -73,9 +73,9 @@ def trained(tmp_path_factory, tiny_model) -> Path:
     parts = make_parts(config)
     fake = parts.learner
 
-    def save(round_: int, policy: Path, trainer: Path) -> None:
+    def save(round_: int, policy: Path, trainer: Path) -> dict[str, str]:
         fake.__class__.save(fake, round_, policy, trainer)
-        learner.save(round_, policy, trainer)
+        return learner.save(round_, policy, trainer)
 
     parts.learner.save = save
     run_rounds(parts)
