@@ -131,16 +131,15 @@ def test_pairs_load_as_a_preference_data_set(finished):
     assert all(row["chosen_score"] > row["rejected_score"] for row in rows)
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_the_same_seed_gives_the_same_run(finished, tmp_path, tiny_model, replicas):
-    config = write_config(tmp_path / "again", tiny_model, generator__replicas=replicas)
+def test_the_same_seed_gives_the_same_run_whatever_the_replicas(finished, tmp_path, tiny_model):
+    config = write_config(tmp_path / "again", tiny_model, generator__replicas=2)
     online_po("run", config, cwd=tmp_path / "again")
     assert fingerprint(tmp_path / "again" / "run") == fingerprint(finished)
 
 
 def test_stopped_by_ctrl_c_and_resumed_it_ends_the_same(finished, tmp_path, tiny_model):
     folder = tmp_path / "stopped"
-    config = write_config(folder, tiny_model)
+    config = write_config(folder, tiny_model, run__grace_s=3.0)
     run = folder / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "online_po.cli", "run", str(config)],
