@@ -271,9 +271,9 @@ class GeneratorGroup:
         if replica.sequences == 1:
             raise EngineError(
                 f"{replica.name} runs out of memory with a single sequence: {lost}. Give it more "
-                "(generator.gpu_memory_utilization, generator.cpu_kv_cache_gib) or let it allocate less "
-                "(generator.max_model_len), and go on with `online-po run CONFIG section.key=value`; a new run can "
-                "have a lower generator.max_tokens. What was finished is kept"
+                "(generator.gpu_memory_utilization, generator.cpu_kv_cache_gib), and go on with `online-po run CONFIG "
+                "section.key=value`; a new run can have a lower generator.max_tokens or prompts.max_tokens. What was "
+                "finished is kept"
             )
         fewer = replica.sequences // 2
         self._supervisor.tell(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import threading
 import time
 from collections import defaultdict, deque
@@ -28,7 +27,7 @@ from ray.exceptions import (
 )
 
 from online_po.config import Config
-from online_po.errors import EngineError, is_out_of_memory
+from online_po.errors import EngineError, first_line, is_out_of_memory
 from online_po.observers import Silent
 from online_po.protocols import Observer
 from online_po.sections import LimitsConfig
@@ -52,6 +51,8 @@ class Pulse:
     seconds: float
     """Since anything came of it."""
     pid: int
+    started: float
+    """Unix seconds of its process: another one may have its number later."""
     node: str
     """Ray's id of the machine."""
 
@@ -87,7 +88,8 @@ class Progress:
         with self._lock:
             call = next(iter(self._calls.values()), None)
             seconds = time.monotonic() - self._since
-        return Pulse(call=call, seconds=seconds, pid=os.getpid(), node=ray.get_runtime_context().get_node_id())
+        node = ray.get_runtime_context().get_node_id()
+        return Pulse(call=call, seconds=seconds, pid=os.getpid(), started=psutil.Process().create_time(), node=node)
 
 
 class ActorLostError(Exception):
@@ -110,6 +112,8 @@ class _Watched:
     """Its answer to come."""
     since: float | None = None
     """When the first question was asked that has no answer yet."""
+    told: bool = False
+    """That it cannot be watched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +140,11 @@ class Watch:
         ask: Callable[[Any], Any] = lambda actor: actor.pulse.remote(),
         answer: Callable[[Any], Pulse | None] = lambda ref: _answer(ref),
         kill: Callable[[Any, Pulse | None], None] = lambda actor, pulse: end(actor, pulse),
+        tell: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits, self._quiet = limits, quiet
-        self._ask, self._answer, self._kill, self._clock = ask, answer, kill, clock
+        self._ask, self._answer, self._kill, self._tell, self._clock = ask, answer, kill, tell, clock
         self._lock = threading.Lock()
         self._watched: dict[Any, _Watched] = {}
         self._hung: dict[Any, Hang] = {}
@@ -189,8 +194,10 @@ class Watch:
         for one in watched:
             try:
                 self._look_at(one)
-            except Exception:  # not even killed: it is tried again at the next look, and the others are watched on
-                continue
+            except Exception as error:  # tried again at the next look, and the others are watched on
+                if not one.told:
+                    one.told = True
+                    self._tell(f"{one.who} cannot be watched, or ended ({first_line(error)}); it is tried again")
 
     def _look_at(self, one: _Watched) -> None:
         try:
@@ -267,11 +274,14 @@ def end(actor: Any, pulse: Pulse | None) -> None:
     # A process that was stopped or sits in the kernel does not hear Ray. On other machines its own raylet has to do.
     if pulse is None or pulse.node != ray.get_runtime_context().get_node_id():
         return
-    with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):  # gone; its number another's by now
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pulse.pid)
+        if process.create_time() != pulse.started:
+            return
         try:
-            psutil.Process(pulse.pid).wait(HEARS_S)  # one that ends by a signal is told of as a crash, by Ray
+            process.wait(HEARS_S)  # one that ends by a signal is told of as a crash, by Ray
         except psutil.TimeoutExpired:
-            os.kill(pulse.pid, signal.SIGKILL)
+            process.kill()
 
 
 class Supervisor:
@@ -282,6 +292,7 @@ class Supervisor:
         self.watch = Watch(
             limits_by_call(config.limits, config.ray.startup_timeout_s),
             ("limits.pulse_s", config.limits.pulse_s),
+            tell=self.tell,
         )
         # A hang is found after its limit: a shorter window would never hold more than one.
         hang_s = max(config.limits.model_dump().values()) + config.ray.startup_timeout_s

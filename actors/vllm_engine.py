@@ -208,6 +208,7 @@ def _explain(error: BaseException, config: GeneratorConfig, on_cpu: bool) -> str
         )
         return (
             f"vLLM could not start: {reason[:300]} (generator.{knob} is {value:g}; change it, or lower "
-            "generator.max_model_len or generator.max_num_seqs)"
+            "generator.max_num_seqs, or the context: generator.max_model_len where it is set, else "
+            "generator.max_tokens or prompts.max_tokens)"
         )
     return f"vLLM could not start: {reason[:300]}"

@@ -227,13 +227,18 @@ class JudgeStore:
                     " cut) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (call.round, call.judge, call.attempt, call.outcome, *counts),
                 )
+                money = call.cost
             else:
+                (held,) = connection.execute(
+                    "SELECT CASE outcome WHEN 'lost' THEN cost ELSE 0 END FROM calls WHERE id = ?", (number,)
+                ).fetchone()
+                money = call.cost - held  # of one that was given up, the most is spent already
                 connection.execute(
                     "UPDATE calls SET outcome = ?, key = NULL, prompt_tokens = ?, response_tokens = ?, cost = ?,"
                     " seconds = ?, cut = ? WHERE id = ?",
                     (call.outcome, *counts, number),
                 )
-            _spend(connection, call.round, calls=number is None, money=call.cost)
+            _spend(connection, call.round, calls=number is None, money=money)
             if answer is not None:
                 said = (value, answer.rationale, *_taken(answer))
                 row = (_blob(key), call.judge, call.round, *said, _crc(key, said))

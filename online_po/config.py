@@ -315,8 +315,10 @@ class Config(Section):
                 "prompts": {"path", "dataset", "subset", "split", "heldout_path"},
                 "pairs": {"seed_path"},
                 "generator": {"replicas", "threads", "gpu_memory_utilization", "cpu_kv_cache_gib", "sync_tolerance"}
-                # What is lowered where memory runs out: a run goes on with less.
-                | {"max_num_seqs", "max_model_len"},
+                # What is lowered where memory runs out: a run goes on with less. To a policy that judges, the context
+                # says which questions are too long.
+                | {"max_num_seqs"}
+                | (set() if self_judges(self.judge) else {"max_model_len"}),
                 "judge": True,
                 "learner": {"threads", "micro_batch_tokens", "gradient_checkpointing"},
             },

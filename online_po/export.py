@@ -8,7 +8,7 @@ from pathlib import Path
 
 from online_po.errors import ConfigError
 from online_po.evaluation import best_version
-from online_po.files import TMP, atomic_folder
+from online_po.files import atomic_folder
 from online_po.ledger import Ledger
 from online_po.plan import resolve_model
 from online_po.retention import heldout_scores
@@ -29,10 +29,8 @@ def export(run_dir: Path, out: Path, round_: int | None = None, merge: bool = Fa
     if not 1 <= round_ <= last:
         raise ConfigError(f"--round is {round_}; run {str(run_dir)!r} has trained rounds 1 to {last}")
     written, out = out, out.resolve()
-    # The root of the file system has no name; it exists, so it is refused before one is asked of it.
-    taken = out if out.exists() else out.with_name(out.name + TMP)
-    if taken.exists():
-        raise ConfigError(f"OUT is {str(written)!r}, but {str(taken)!r} exists already; give a new folder")
+    if out.exists():
+        raise ConfigError(f"OUT is {str(written)!r}, but {str(out)!r} exists already; give a new folder")
     policy = ledger.policy(round_, Path())
     if merge and not policy.is_adapter:
         raise ConfigError("--merge is for LoRA runs; this run trained all weights, export it without --merge")

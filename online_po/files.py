@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ from online_po.fail_points import fail_point
 
 TMP = ".tmp"
 """Suffix of everything not yet whole; such leftovers are deleted when a run is opened."""
+WRITER = uuid.uuid4().hex[:8]
+"""Before it: a process that was taken for dead, and comes back, has nothing to do with what its successor writes."""
 PARALLEL_BYTES = 1 << 23
 """Hashing less than this takes no longer than starting threads for it."""
 FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "the disk quota is used up"}
@@ -33,10 +36,15 @@ BROKEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno
 """Errors of a disk or file system; others are bugs of ours."""
 
 
+def temporary_of(path: Path) -> Path:
+    """Where what becomes `path` is written, by this process."""
+    return path.with_name(f"{path.name}.{WRITER}{TMP}")
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`; on a clean exit it becomes `path`, durably."""
-    temporary = path.with_name(path.name + TMP)
+    temporary = temporary_of(path)
     with explained(path):
         _make_folder(path.parent)
         try:
@@ -56,7 +64,7 @@ def atomic(path: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """The same for a whole folder."""
-    temporary = path.with_name(path.name + TMP)
+    temporary = temporary_of(path)
     shutil.rmtree(temporary, ignore_errors=True)
     with explained(path):
         try:
@@ -88,7 +96,7 @@ def remove_folder(path: Path) -> None:
     """Removes a folder so that a kill in the middle leaves nothing that looks like it."""
     with explained(path):
         if path.exists():
-            doomed = path.with_name(path.name + ".removed" + TMP)
+            doomed = temporary_of(path.with_name(path.name + ".removed"))
             shutil.rmtree(doomed, ignore_errors=True)
             os.replace(path, doomed)
             fail_point("remove.renamed", path)
@@ -262,3 +270,11 @@ def sha256(paths: list[Path]) -> list[str]:
         return [digest(path) for path in paths]
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(digest, paths))
+
+
+def hashes(found: Mapping[str, Path], known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Name -> SHA-256 of the file, for every file in `found`. Those in `known` are not read."""
+    known = known or {}
+    unread = [name for name in found if name not in known]
+    read = dict(zip(unread, sha256([found[name] for name in unread]), strict=True))
+    return {name: read[name] if name in read else known[name] for name in found}

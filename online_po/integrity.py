@@ -128,6 +128,7 @@ def require_whole(ledger: Ledger, on_progress: Callable[[int, int], None] = lamb
 def go_back_by_hand(ledger: Ledger, to: int) -> None:
     """Takes the run back to a committed round, in spite of damage in later ones. Raises ConfigError for a round that
     the run cannot go on from, LedgerError where it is damaged itself."""
+    ledger.finish_roll_back()
     last = ledger.last_committed()
     if last is None or not 0 <= to <= last:
         raise ConfigError(f"--from-round is {to}, but the rounds that are committed are 0 to {last}; give one of them")

@@ -21,7 +21,7 @@ from online_po.errors import DamagedError, LedgerError
 
 CACHE = "judge_cache.sqlite"
 """Its name in a run folder."""
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x6F704A43  # "opJC": tells our files from other people's
 SEAL, OPEN = b"online-po seal ", b"0" * 64
 """The file holds, once, the hash of itself with zeros (`OPEN`) in the hash's place; while it is in use, or where its

@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
@@ -359,14 +359,15 @@ class TorchLearner:
         """Copies the state after a step, and leaves it to `writer` to write it. All ranks must call it."""
         if self.rank == 0:
             writer.wait()
-        policy = {name: tensor.contiguous() for name, tensor in self._gathered(copy=True).items()}
+        policy = self._gathered(copy=True)
         moments = optimizer_tensors(self.optimizer, self._trained(), copy=True, tick=self._tick)
         state = self._state(step=step)
 
-        def write(folder: Path) -> None:
-            save_file(policy, folder / POLICY_FILE)
-            write_tensors(folder / OPTIMIZER_FILE, moments)
+        def write(folder: Path) -> dict[str, str]:
+            given = {POLICY_FILE: policy, OPTIMIZER_FILE: moments}
+            hashes = {name: write_tensors(folder / name, tensors) for name, tensors in given.items()}
             (folder / STATE_FILE).write_text(state, encoding="utf-8")
+            return hashes
 
         if self.rank == 0:
             writer.write(step, metrics, write)

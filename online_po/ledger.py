@@ -251,11 +251,9 @@ class Ledger(Pieces):
         paths = [p for p in every if p.relative_to(folder).parts[0] != STEPS]
         trained = self._trained(round_)
         known: dict[str, str] = {} if trained is None else trained["files"]  # hashed when they were saved
-        others = [path for path in paths if str(path.relative_to(folder)) not in known]
         with files.explained(folder):
-            known |= dict(zip((str(path.relative_to(folder)) for path in others), files.sha256(others), strict=True))
-        names = [str(path.relative_to(folder)) for path in paths]
-        listing = {name: {"sha256": known[name], "bytes": (folder / name).stat().st_size} for name in names}
+            hashes = files.hashes({str(path.relative_to(folder)): path for path in paths}, known)
+        listing = {name: {"sha256": digest, "bytes": (folder / name).stat().st_size} for name, digest in hashes.items()}
         commit = Commit(
             round=round_,
             is_adapter=is_adapter,
@@ -333,6 +331,7 @@ class Ledger(Pieces):
     def weights(self, round_: int) -> Iterator[tuple[Path, Path, dict[str, str]]]:
         """Gives (policy folder, trainer folder) to write to; both appear whole when the block ends. The third takes the
         hashes that the writer has (`online_po.protocols.Learner.save`)."""
+        self.run_lock.require_held()
         folder = self.round_dir(round_)
         with (
             files.atomic_folder(folder / "policy") as policy,
@@ -342,16 +341,17 @@ class Ledger(Pieces):
             yield policy, trainer, hashes
             for written in (policy, trainer):
                 self._require_arrived(round_, written)
-            self.run_lock.require_held()
             with ThreadPoolExecutor(1) as pool:  # hashed while the disk writes
                 hashing = pool.submit(self.weight_hashes, policy, trainer, hashes)
                 for written in (policy, trainer):
                     files.sync_folder(written)
                 self._hashed[round_] = hashing.result()
+            self.run_lock.require_held()  # all that may have taken long
 
     @contextmanager
     def blended_weights(self, round_: int) -> Iterator[Path]:
         """Gives the folder that the round's mean of policies is written to; it appears whole when the block ends."""
+        self.run_lock.require_held()
         with files.atomic_folder(self.round_dir(round_) / "reference") as folder:
             yield folder
             self._require_arrived(round_, folder)

@@ -165,6 +165,7 @@ class Pieces:
     def step_plan(self, round_: int, every: int | None, tell: Callable[[str], None]) -> StepPlan:
         """What the round's update goes on from, and writes. Step checkpoints that are damaged are named to `tell` and
         deleted; the one before them is taken."""
+        self.run_lock.require_held()
         folder = self.round_dir(round_).absolute() / STEPS
         if (record := self._trained(round_)) is not None:
             root = self.round_dir(round_)
@@ -201,11 +202,8 @@ class Pieces:
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-        known = known or {}
-        unknown = [name for name in found if name not in known]
         with files.explained(self.root):
-            hashes = dict(zip(unknown, files.sha256([found[name] for name in unknown]), strict=True))
-        return {name: known.get(name) or hashes[name] for name in found}
+            return files.hashes(found, known)
 
     def write_metrics(self, round_: int, rows: list[dict[str, Any]]) -> None:
         self.run_lock.require_held()

@@ -191,6 +191,7 @@ def told(parts: Parts, round_: int, plan: StepPlan, steps: Iterable[dict[str, fl
             text = f"micro-batches hold {now:.0f} tokens (learner.micro_batch_tokens: {configured:.0f}): memory ran out"
             parts.observer.message(f"round {round_}, step {step}: {text}")
             held = now
+        parts.ledger.run_lock.require_held()  # step checkpoints are written by the learner, which cannot ask
         fail_point("learn.step")
         yield metrics
         if plan.every is not None and parts.stop.asked:

@@ -9,6 +9,7 @@ machines' clocks need not agree.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -22,12 +23,13 @@ import psutil
 from filelock import FileLock, Timeout
 
 from online_po.errors import LedgerError
-from online_po.files import TMP
+from online_po.files import TMP, explained
 
 BEAT_S = 10.0
 """How often an owner is heard of."""
 STALE_S = 120.0
 """An owner on another machine that was not heard of for so long is dead. File attributes may be a minute old there."""
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 LOCK, OWNER, TAKEOVER = "lock", "lock.owner.json", "lock.takeover."
 
 
@@ -95,13 +97,15 @@ class RunLock:
     def acquire(self) -> None:
         """Raises LedgerError, naming the owner, where somebody else has it; OSError where the folder cannot be
         written."""
-        lock = FileLock(self.root / LOCK, blocking=False)
+        lock = FileLock(self.root / LOCK, blocking=False, fallback_to_soft=False)
         try:
             lock.acquire()
         except Timeout as error:
             raise self._taken() from error
-        except NotImplementedError:  # a file system without locks: the owner's file has to do
-            pass
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            # A file system without locks: the owner's file has to do.
         try:
             self.token = self._claim()
         except BaseException:
@@ -127,8 +131,9 @@ class RunLock:
     def require_held(self) -> None:
         """Raises LedgerError where another process took the folder over meanwhile: this one was not heard of (it, or
         the file system, stood still), and must not commit any more."""
-        if self.token is not None and not self._holds():
-            by = self._read()
+        with explained(self.owner):
+            held, by = self.token is None or self._holds(), self._read()
+        if not held:
             who = by[1] if by else "another process"
             raise LedgerError(
                 f"run folder {str(self.root)!r} was taken over by {who} while this process was not heard of for "

@@ -148,8 +148,8 @@ class GeneratorConfig(SamplingConfig):
         None,
         ge=1,
         description="Context the engine allocates for. null: prompts.max_tokens + generator.max_tokens, as far as "
-        "the model's own context goes. May be another one when a run goes on: it ends no response, but is "
-        "all that a question to the policy as its own judge may take.",
+        "the model's own context goes. It ends no response, and may be another one when a run goes on, but not "
+        "where the policy judges itself: a question to it may take no more.",
     )
     gpu_memory_utilization: float | None = Field(
         None,

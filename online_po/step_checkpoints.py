@@ -8,7 +8,7 @@ last step was made and its weights were saved. None of it stays once the round i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,8 +100,9 @@ class StepWriter:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def write(self, step: int, metrics: Sequence[dict[str, float]], write: Callable[[Path], None]) -> None:
-        """Starts to write the state after `step`. `write` puts it into a folder; it runs in the thread."""
+    def write(self, step: int, metrics: Sequence[dict[str, float]], write: Callable[[Path], dict[str, str]]) -> None:
+        """Starts to write the state after `step`. `write` puts it into a folder, and returns the hashes that it has, by
+        file; it runs in the thread."""
         self.wait()
         self._writing = self._pool.submit(_write, self.plan.folder, step, list(metrics), write)
 
@@ -114,11 +115,11 @@ class StepWriter:
             self.wait()
 
 
-def _write(folder: Path, step: int, metrics: list[dict[str, float]], write: Callable[[Path], None]) -> None:
+def _write(folder: Path, step: int, metrics: list[dict[str, float]], write: Callable[[Path], dict[str, str]]) -> None:
     with files.atomic_folder(folder / f"{step:06d}") as path:
-        write(path)
+        hashes = write(path)
         files.write_json(path / METRICS, {"steps": metrics})
-        files.write_json(path / MANIFEST, _record(path, step))
+        files.write_json(path / MANIFEST, _record(path, step, hashes))
     for old in _folders(folder)[:-KEPT]:
         files.remove_folder(old)
 
@@ -143,7 +144,6 @@ def _folders(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("[0-9]*") if path.name.isdigit()), key=lambda path: int(path.name))
 
 
-def _record(path: Path, step: int) -> dict[str, Any]:
-    paths = sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
-    hashes = zip(paths, files.sha256(paths), strict=True)
-    return {"step": step, "files": {str(file.relative_to(path)): digest for file, digest in hashes}}
+def _record(path: Path, step: int, known: Mapping[str, str] | None = None) -> dict[str, Any]:
+    names = [str(file.relative_to(path)) for file in sorted(path.rglob("*")) if file.is_file()]
+    return {"step": step, "files": files.hashes({name: path / name for name in names if name != MANIFEST}, known)}

@@ -1,8 +1,8 @@
 """Tensor files that are written once and seldom read: safetensors, past the page cache and hashed on the way.
 
-An optimizer's state is twice the size of the policy, and nothing reads it until a resume. Through the page cache it
-would push out what is read next, and have to be read again to be hashed. Where the file system knows no direct I/O, or
-refuses a write of that kind, the file is written the ordinary way.
+An optimizer's state is twice the size of the policy, and nothing reads it, or a step checkpoint, until a resume.
+Through the page cache it would push out what is read next, and have to be read again to be hashed. Where the file
+system knows no direct I/O, or refuses a write of that kind, the file is written the ordinary way.
 """
 
 from __future__ import annotations
@@ -32,11 +32,16 @@ BLOCK = 1 << 12
 """Addresses, offsets and lengths of direct I/O are multiples of this."""
 DIRECT: int = getattr(os, "O_DIRECT", 0)
 """Zero where the operating system has none."""
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+REFUSED = {errno.EINVAL, errno.EOPNOTSUPP}
+"""What file systems say that know no direct I/O."""
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], tick: Callable[[], None] = lambda: None) -> str:
-    """Writes floating-point tensors, on the CPU, to a safetensors file, durably. Returns its SHA-256, in hex. `tick` is
+    """Writes tensors that are on the CPU to a safetensors file, durably. Returns its SHA-256, in hex. `tick` is
     called after each chunk.
 
     Raises OSError where the disk is full or cannot be written.
@@ -110,7 +115,7 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, flags | DIRECT, 0o666)
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno not in REFUSED:
             raise
         return os.open(path, flags, 0o666)
 
@@ -121,7 +126,7 @@ def _write(descriptor: int, chunk: Bytes, at: int) -> None:
             count = os.pwrite(descriptor, chunk.data, at)
         except OSError as error:
             flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-            if error.errno != errno.EINVAL or not flags & DIRECT:
+            if error.errno not in REFUSED or not flags & DIRECT:
                 raise
             fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~DIRECT)
         else:

@@ -331,6 +331,8 @@ def main() -> None:
         return
     if args.every_point and args.engine not in ("fakes", "local"):
         parser.error("--every-point is for --engine fakes or local: elsewhere points are in other processes")
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=args.folder))
     chaos, rng = Chaos(args.engine, folder, args.limit), random.Random(args.seed)
     wholes = {shape: chaos.whole(shape) for shape in ([args.shape] if args.shape else SHAPES)}

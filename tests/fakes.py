@@ -138,8 +138,9 @@ def said(prompt: list[dict[str, str]], response: str, metadata: dict[str, Any]) 
     return float(response)
 
 
-def _write_skill(text: str, folder: Path) -> None:
+def _write_skill(text: str, folder: Path) -> dict[str, str]:
     (folder / "skill.json").write_text(text)
+    return {}
 
 
 class FakeLearner:

@@ -357,3 +357,10 @@ def test_losses_that_cannot_be(loss, words):
 def test_a_run_that_had_too_little_memory_goes_on_with_less(tmp_path, setting):
     path = write(tmp_path)
     assert Config.from_yaml(path, [setting]).identity() == Config.from_yaml(path).identity()
+
+
+def test_the_context_of_a_policy_that_judges_says_which_questions_are_too_long(tmp_path):
+    asks = "judge={kind: self_score, policy: start}"
+    path = write(tmp_path)
+    one, other = (Config.from_yaml(path, [asks, *more]) for more in ([], ["generator.max_model_len=5000"]))
+    assert one.identity() != other.identity()

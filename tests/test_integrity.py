@@ -16,14 +16,15 @@ from online_po import files, judge_view, launch, report
 from online_po.cli import app
 from online_po.errors import ConfigError, DamagedError, LedgerError
 from online_po.export import export
-from online_po.integrity import find_damage, whole_round
+from online_po.integrity import find_damage, go_back_by_hand, whole_round
 from online_po.judge_trials import Trial
 from online_po.ledger import SCHEMA_VERSION, Ledger
+from online_po.loop import run_rounds
 from online_po.observers import timeline_event
 from online_po.run_view import load_run_view
 from tests.fake_run import faked
 from tests.fakes import FakeObserver, SickLearner, make_config
-from tests.test_loop import ASKED, content
+from tests.test_loop import ASKED, content, make_parts
 
 SICK = {"loop__rounds": 4, "guards": {"entropy": {"action": "roll_back"}, "kl": {"action": "stop", "max_nats": 1e9}}}
 NOT_READ = ("report.html", "lock", "rolled_back")
@@ -351,6 +352,18 @@ def test_a_run_under_way_is_not_verified(finished, tmp_path):
     with ledger.lock():
         done = CliRunner().invoke(app, ["verify", str(ledger.root)])
     assert "in use by process" in str(done.exception)
+
+
+def test_going_back_by_hand_is_to_what_a_guard_left(tmp_path):
+    """A roll-back that was cut off is finished first: what it moves cannot be gone back to."""
+    config = make_config(tmp_path)
+    parts = make_parts(config)
+    run_rounds(parts)
+    record = {"from": 3, "to": 2, "guard": "entropy", "message": "ill", "done": False}
+    parts.ledger._write_acts("roll_backs.json", [record])
+    with pytest.raises(ConfigError, match=r"--from-round is 3, but the rounds that are committed are 0 to 2"):
+        go_back_by_hand(parts.ledger, 3)
+    assert [done["done"] for done in parts.ledger.roll_backs()] == [True]
 
 
 @pytest.mark.parametrize("moved", [False, True])

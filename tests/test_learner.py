@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from make_tiny_model import make_tiny_model
-from online_po.errors import ConfigError, OnlinePOError
+from online_po import policy_model
+from online_po.errors import ConfigError, DiskError, OnlinePOError
 from online_po.schedule import learning_rate, run_progress
 from online_po.sections import LoraConfig
 from online_po.types import Policy
@@ -354,6 +355,25 @@ def test_trainer_json_is_the_last_file_written(
     assert hashes == {"trainer/optimizer.safetensors": hashlib.sha256(path.read_bytes()).hexdigest()}
     after = {file.name for folder in (trainer, policy) for file in folder.iterdir()}
     assert written == [after - {"trainer.json"}] and "optimizer.safetensors" in after
+
+
+@pytest.mark.parametrize("what", ["policy", "moments", "last"])
+def test_a_disk_that_is_full_while_it_saves_is_heard(model: Path, tmp_path: Path, monkeypatch, what: str) -> None:
+    """The policy is written by a thread."""
+    learner = make_learner(model, learner_config())
+
+    def full(path: Path, *given: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    if what == "policy":
+        monkeypatch.setattr(policy_model, "write_policy", full)
+    elif what == "moments":
+        monkeypatch.setattr("online_po.learner.write_tensors", full)
+    else:
+        monkeypatch.setattr("online_po.files.sync_folder", full)
+    with pytest.raises(DiskError, match="no space left|No space left"):
+        learner.save(1, tmp_path / "policy", tmp_path / "trainer")
+    assert not (tmp_path / "trainer/trainer.json").exists()
 
 
 def test_another_trainer_state_is_refused(model: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -14,12 +15,15 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from online_po import run_lock
+from online_po import files, run_lock
 from online_po.errors import DiskError, LedgerError
 from online_po.ledger import Ledger
+from online_po.loop import run_rounds
 from online_po.run_lock import OWNER, STALE_S, Process, RunLock
 from online_po.step_checkpoints import Trained
 from online_po.types import Probe, Reference
+from tests.fakes import make_config
+from tests.test_loop import make_parts
 
 ELSEWHERE = dataclasses.replace(Process.this(), host="other", boot="another machine's", pid=4711)
 
@@ -29,7 +33,7 @@ def blind(monkeypatch) -> None:
     """The operating system's lock keeps nobody out: as where it holds for one machine, and the other is another."""
 
     class Nothing:
-        def __init__(self, path: Path, blocking: bool) -> None: ...
+        def __init__(self, path: Path, **how: bool) -> None: ...
 
         def acquire(self) -> None: ...
 
@@ -204,13 +208,14 @@ def test_two_in_one_process_are_two(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "write", ["responses", "judged", "metrics", "trained", "evaluation", "acts", "weights", "prune"]
+    "write", ["responses", "judged", "metrics", "trained", "evaluation", "acts", "weights", "blended", "steps", "prune"]
 )
 def test_who_was_taken_over_writes_nothing_any_more(tmp_path, blind, write):
     ledger, folder = Ledger(tmp_path), tmp_path / "rounds/000001"
     with ledger.lock():
         unheard(tmp_path, STALE_S + 20)
         RunLock(tmp_path, me=ELSEWHERE).acquire()
+        (folder / "steps/000001").mkdir(parents=True)  # not whole
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(LedgerError, match="was taken over by process 4711 on other"):
             match write:
@@ -230,10 +235,65 @@ def test_who_was_taken_over_writes_nothing_any_more(tmp_path, blind, write):
                 case "prune":
                     ledger.prune(3, 1, {}, None)
                 case "weights":
-                    with ledger.weights(1) as (policy, trainer, _):
-                        (policy / "w").touch()
-                        (trainer / "w").touch()
-        assert [path for path in sorted(tmp_path.rglob("*")) if path != folder and path != folder.parent] == before
+                    with ledger.weights(1):
+                        pass
+                case "blended":
+                    with ledger.blended_weights(1):
+                        pass
+                case "steps":
+                    ledger.step_plan(1, 1, print)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_who_is_taken_over_while_it_saves_leaves_what_the_new_owner_saves(tmp_path, blind, monkeypatch):
+    ledger, new = Ledger(tmp_path), Ledger(tmp_path)
+    monkeypatch.setattr(files, "WRITER", "old")
+    with ledger.lock():
+        with pytest.raises(LedgerError, match="was taken over by process 4711 on other"):
+            with ledger.weights(1) as (policy, trainer, _):
+                (policy / "w").write_text("old")
+                (trainer / "w").write_text("old")
+                unheard(tmp_path, STALE_S + 20)
+                new.run_lock = RunLock(tmp_path, me=ELSEWHERE)
+                new.run_lock.acquire()
+                monkeypatch.setattr(files, "WRITER", "new")
+                saving = new.weights(1)
+                policy, trainer, _ = saving.__enter__()
+                (policy / "w").write_text("new")
+                (trainer / "w").write_text("new")
+                monkeypatch.setattr(files, "WRITER", "old")
+        saving.__exit__(None, None, None)
+    assert [(ledger.round_dir(1) / name / "w").read_text() for name in ("policy", "trainer")] == ["new", "new"]
+
+
+def test_who_is_taken_over_while_it_trains_trains_no_further(tmp_path, blind):
+    """Its step checkpoints are written by the learner, which cannot ask whose the folder is."""
+    parts = make_parts(make_config(tmp_path, checkpoint__every_steps=1))
+    update = parts.learner.update
+
+    def overtaken(*given):
+        for step, metrics in enumerate(update(*given), 1):
+            if step == 2:
+                unheard(parts.ledger.root, STALE_S + 20)
+                RunLock(parts.ledger.root, me=ELSEWHERE).acquire()
+            yield metrics
+
+    parts.learner.steps, parts.learner.update = 5, overtaken
+    with parts.ledger.lock(), pytest.raises(LedgerError, match="was taken over by process 4711 on other"):
+        run_rounds(parts)
+    assert parts.learner.taken == [(1, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+def test_a_fault_of_the_file_system_is_told_as_one(tmp_path, monkeypatch, number):
+    def fails(path: Path, *how: object, **named: object) -> str:
+        raise OSError(number, os.strerror(number))
+
+    ledger = Ledger(tmp_path)
+    with ledger.lock(), monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fails)
+        with pytest.raises(DiskError, match=r"lock.owner.json' cannot be written or read .* mend that and resume"):
+            ledger.write_judged(1, 0)
 
 
 def test_a_killed_process_that_nobody_has_asked_for_its_end_is_dead(tmp_path, blind):
@@ -260,15 +320,21 @@ def test_an_owner_that_a_full_disk_kept_from_being_written_is_in_nobodys_way(tmp
         assert ledger.holder() is not None
 
 
-def test_where_the_file_system_has_no_locks_the_owners_file_has_to_do(tmp_path, monkeypatch):
-    def none(self: object) -> None:
-        raise NotImplementedError("FileSystem does not appear to support flock")
+@pytest.mark.parametrize("number", sorted(run_lock.NO_LOCKS))
+def test_where_the_file_system_has_no_locks_the_owners_file_has_to_do(tmp_path, monkeypatch, blind, number):
+    def none(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(run_lock.FileLock, "acquire", none)
+    monkeypatch.setattr(fcntl, "flock", none)
     first, second = RunLock(tmp_path), RunLock(tmp_path)
     first.acquire()
     with pytest.raises(LedgerError, match="in use"):
         second.acquire()
     first.release()
     second.acquire()
+    second.release()
+    RunLock(tmp_path, me=ELSEWHERE).acquire()
+    unheard(tmp_path, STALE_S + 20)
+    second.acquire()
+    assert second.holder() == str(Process.this())
     second.release()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,15 @@ from tests.test_loop import content, make_parts
 METRICS = [{"loss": 0.1 * step, "pairs": 4.0} for step in range(1, 10)]
 
 
+def write_state(step: int, path: Path) -> dict[str, str]:
+    (path / "state").write_bytes(bytes([step] * 99))
+    return {}
+
+
 def write_steps(folder: Path, steps: range, every: int = 1) -> None:
     with StepWriter(StepPlan(folder=folder, every=every)) as writer:
         for step in steps:
-            writer.write(step, METRICS[:step], lambda path, step=step: (path / "state").write_bytes(bytes([step] * 99)))
+            writer.write(step, METRICS[:step], partial(write_state, step))
 
 
 def names(folder: Path) -> list[str]:
@@ -68,19 +75,25 @@ def test_a_damaged_one_is_named_and_the_one_before_it_taken(tmp_path, name, harm
 
 
 def test_a_step_is_waited_for_only_by_the_next_one_and_by_the_end(tmp_path):
-    held, begun = threading.Event(), threading.Event()
+    held, begun, seen = threading.Event(), threading.Event(), list[str]()
 
-    def slow(path: Path) -> None:
+    def slow(path: Path) -> dict[str, str]:
         begun.set()
         assert held.wait(30)
-        (path / "state").write_text("")
+        return {}
+
+    def looks(path: Path) -> dict[str, str]:
+        seen.extend(names(tmp_path))
+        return {}
 
     def train() -> None:
         with StepWriter(StepPlan(folder=tmp_path, every=1)) as writer:
             writer.write(1, METRICS[:1], slow)
-            assert begun.wait(30) and names(tmp_path) == ["000001.tmp"], "a step could be made now"
+            assert begun.wait(30) and names(tmp_path) == [files.temporary_of(Path("000001")).name], (
+                "a step could be made now"
+            )
             second.set()
-            writer.write(2, METRICS[:2], lambda path: (path / "state").write_text(str(names(tmp_path))))
+            writer.write(2, METRICS[:2], looks)
 
     second = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -88,12 +101,28 @@ def test_a_step_is_waited_for_only_by_the_next_one_and_by_the_end(tmp_path):
         assert second.wait(30) and not training.done()
         held.set()
         training.result(30)
-    assert (tmp_path / "000002" / "state").read_text() == "['000001', '000002.tmp']"
+    assert seen == ["000001", files.temporary_of(Path("000002")).name]
+
+
+def test_what_was_hashed_as_it_was_written_is_not_read_again(tmp_path, monkeypatch):
+    read: list[Path] = []
+    sha256 = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda paths: read.extend(paths) or sha256(paths))
+
+    def write(path: Path) -> dict[str, str]:
+        (path / "state").write_bytes(b"state")
+        (path / "other").write_bytes(b"other")
+        return {"state": hashlib.sha256(b"state").hexdigest()}
+
+    with StepWriter(StepPlan(folder=tmp_path, every=1)) as writer:
+        writer.write(1, METRICS[:1], write)
+    assert {path.name for path in read} == {"other", "metrics.json"}
+    assert newest_whole(tmp_path)[0].step == 1
 
 
 @pytest.mark.parametrize("waits", ["next", "end"])
 def test_a_full_disk_is_told_and_leaves_the_last_one(tmp_path, waits):
-    def full(path: Path) -> None:
+    def full(path: Path) -> dict[str, str]:
         raise OSError(28, "No space left on device")
 
     write_steps(tmp_path, range(1, 3))

@@ -20,6 +20,7 @@ RANDOM = torch.Generator().manual_seed(0)
 
 
 def state(*sizes: int) -> dict[str, torch.Tensor]:
+    """Moments of these sizes, and others."""
     tensors = {f"layers.{i}/exp_avg": torch.randn(size, generator=RANDOM) for i, size in enumerate(sizes)}
     return tensors | {"norm/step": torch.tensor(7.0), "größe/exp_avg": torch.randn(2, 3, generator=RANDOM)}
 
@@ -32,7 +33,7 @@ def require_whole(path: Path, digest: str, tensors: dict[str, torch.Tensor]) -> 
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-# Less than a block; about one and two chunks of two blocks; tensors over several chunks; nothing but a header.
+# Less than a block; about one and two chunks of two blocks; tensors over several chunks.
 @pytest.mark.parametrize("sizes", [(), (0, 1), (500,), (1790, 5), (3900,), (3000, 3000, 9000), (1024,) * 9])
 def test_it_is_what_the_library_writes(tmp_path, monkeypatch, sizes):
     monkeypatch.setattr(tensor_file, "CHUNK", 2 * BLOCK)
@@ -43,6 +44,12 @@ def test_it_is_what_the_library_writes(tmp_path, monkeypatch, sizes):
     assert len(heard) == -(-(tmp_path / "t").stat().st_size // (2 * BLOCK))
 
 
+def test_nothing_but_a_header(tmp_path):
+    """An optimizer without state: every step of the round was left out."""
+    require_whole(tmp_path / "t", write_tensors(tmp_path / "t", {}), {})
+    assert (tmp_path / "t").read_bytes() == safetensors.torch.save({})
+
+
 def test_any_length_ends_where_it_should(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_file, "CHUNK", 2 * BLOCK)
     for size in range(3900, 4140, 7):  # around the end of a chunk
@@ -50,18 +57,20 @@ def test_any_length_ends_where_it_should(tmp_path, monkeypatch):
         require_whole(tmp_path / "t", write_tensors(tmp_path / "t", tensors), tensors)
 
 
-def test_every_floating_point_type_and_layout(tmp_path):
+def test_every_type_and_layout(tmp_path):
     tensors = {
         "a": torch.randn(3, 5).bfloat16(),
         "b": torch.randn(7, dtype=torch.float64),
         "c": torch.randn(4, 6).T,
         "d": torch.nn.Parameter(torch.randn(2, 2)),
         "e": torch.randn(9).half(),
+        "f": torch.arange(5),
+        "g": torch.tensor([True, False, True]),
     }
     digest = write_tensors(tmp_path / "t", tensors)
     require_whole(tmp_path / "t", digest, {name: tensor.detach() for name, tensor in tensors.items()})
     with safe_open(tmp_path / "t", "pt") as file:
-        assert set(file.keys()) == set("abcde")
+        assert set(file.keys()) == set("abcdefg")
 
 
 def test_what_was_there_before_is_gone(tmp_path):
@@ -82,8 +91,8 @@ class Disk:
         monkeypatch.setattr(os, "open", self.open)
         monkeypatch.setattr(os, "pwrite", self.pwrite)
 
-    def refuses_open(self, direct: bool) -> bool:
-        return False
+    def refuses_open(self, direct: bool) -> int:
+        return 0
 
     def takes(self, direct: bool, length: int) -> int:
         return length
@@ -92,8 +101,8 @@ class Disk:
         direct = bool(flags & tensor_file.DIRECT)
         if Path(path).name == "t":
             self.opened.append(direct)
-            if self.refuses_open(direct):
-                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            if number := self.refuses_open(direct):
+                raise OSError(number, os.strerror(number))
         return self._open(path, flags, *mode)
 
     def pwrite(self, descriptor, chunk, at):
@@ -112,9 +121,10 @@ def test_it_goes_past_the_page_cache(tmp_path, monkeypatch):
     assert disk.opened == [True] and all(disk.direct) and all(length % BLOCK == 0 for length in disk.lengths)
 
 
-def test_a_file_system_that_knows_no_direct_io(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", sorted(tensor_file.REFUSED))
+def test_a_file_system_that_knows_no_direct_io(tmp_path, monkeypatch, number):
     disk, tensors = Disk(monkeypatch), state(9000)
-    disk.refuses_open = lambda direct: direct
+    disk.refuses_open = lambda direct: number if direct else 0
     require_whole(tmp_path / "t", write_tensors(tmp_path / "t", tensors), tensors)
     assert disk.opened == [True, False] and not any(disk.direct)
 

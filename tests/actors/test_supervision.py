@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
@@ -43,7 +49,7 @@ class Bench:
         """Looks until a time; a pulse is what it is at and since when, None where it does not come."""
         for actor, said in calls.items():
             self.pulses[actor] = (
-                Pulse(call=said[0], seconds=said[1], pid=1, node="n") if isinstance(said, tuple) else said
+                Pulse(call=said[0], seconds=said[1], pid=1, started=0.0, node="n") if isinstance(said, tuple) else said
             )
         while self.now < now:
             self.now = min(now, self.now + POLL_S)
@@ -131,16 +137,55 @@ def test_one_that_cannot_be_killed_is_killed_at_the_next_look():
     assert bench.look(10) == ["a"]
 
 
-def test_a_process_whose_number_is_another_users_by_now_is_left_alone(monkeypatch):
-    def kill(pid, number):
-        raise PermissionError
-
+@pytest.fixture
+def here(monkeypatch) -> list[str]:
+    """Whom Ray was told to kill, of actors on this machine."""
     killed: list[str] = []
     monkeypatch.setattr("actors.supervision.ray.kill", killed.append)
     monkeypatch.setattr("actors.supervision.ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "n"))
-    monkeypatch.setattr("actors.supervision.os.kill", kill)
-    end("a", Pulse(call=None, seconds=0.0, pid=1, node="n"))
-    assert killed == ["a"]
+    monkeypatch.setattr("actors.supervision.HEARS_S", 0.1)
+    return killed
+
+
+def test_a_process_that_hears_nothing_is_killed_and_another_one_of_its_number_is_not(here):
+    process = subprocess.Popen(["sleep", "60"])
+    started = psutil.Process(process.pid).create_time()
+    end("a", Pulse(call=None, seconds=0.0, pid=process.pid, started=started - 5.0, node="n"))
+    end("b", Pulse(call=None, seconds=0.0, pid=process.pid, started=started, node="another"))
+    assert process.poll() is None
+    end("c", Pulse(call=None, seconds=0.0, pid=process.pid, started=started, node="n"))
+    assert process.wait(30) == -signal.SIGKILL
+    end("d", Pulse(call=None, seconds=0.0, pid=process.pid, started=started, node="n"))
+    assert here == list("abcd")
+
+
+def test_a_process_that_hears_ends_by_itself(here, monkeypatch):
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    monkeypatch.setattr("actors.supervision.HEARS_S", 30.0)
+    monkeypatch.setattr("actors.supervision.ray.kill", lambda actor: process.stdin.close())
+    monkeypatch.setattr(psutil.Process, "kill", lambda self: pytest.fail("killed"))
+    started = psutil.Process(process.pid).create_time()
+    end("a", Pulse(call=None, seconds=0.0, pid=process.pid, started=started, node="n"))
+    assert not psutil.pid_exists(process.pid)
+
+
+def test_an_error_of_the_watch_is_told_once():
+    bench = Bench()
+    told: list[str] = []
+    bench.watch._tell = told.append
+    bench.watch.add("engine 0", "a")
+    bench.watch.add("engine 1", "b")
+    assert bench.look(30, a=("shown", 1.0), b=("update", 200.0)) == ["b"]
+    assert told == ["engine 0 cannot be watched, or ended ('shown'); it is tried again"]
+
+
+def test_everything_that_an_actor_is_at_has_a_limit():
+    folder = Path(__file__).parents[2] / "actors"
+    texts = [path.read_text() for path in folder.glob("*.py")]
+    named = {name for text in texts for name in re.findall(r"progress\.at\(\"(\w+)\"\)", text)}
+    named |= {name for text in texts for name in re.findall(r"self\._(?:call|stream)\(\"(\w+)\"", text)}
+    assert named >= {"start", "judge", "generate", "sync", "answer", "update", "save"}
+    assert named <= limits_by_call(LimitsConfig(), 1.0).keys()
 
 
 def test_a_pause_of_the_driver_is_nobodys_hang():
@@ -149,7 +194,7 @@ def test_a_pause_of_the_driver_is_nobodys_hang():
     for actor in "abc":
         bench.watch.add(actor, actor)
     bench.look(10, a=("generate", 1.0), b=("generate", 1.0), c=("generate", 1.0))
-    bench.pulses |= {"b": None, "c": Pulse(call="generate", seconds=4990.0, pid=1, node="n")}
+    bench.pulses |= {"b": None, "c": Pulse(call="generate", seconds=4990.0, pid=1, started=0.0, node="n")}
     bench.sleep(5000)
     assert bench.look(5025) == []
     assert bench.look(5045, a=("generate", 45.0)) == ["b"], "from then on silence counts again"

@@ -150,18 +150,24 @@ def test_nobody_waits_for_a_process_that_died_while_others_go_on(cache, store):
         return await who.begin(key(name), 1, "j", 1, bound=0.5, budget=NO_BUDGET)
 
     async def go():
-        await begin(dead, "a")
+        number = await begin(dead, "a")
         await begin(alive, "b")
         assert await begin(store, "a") is None
         disown(cache, "dead")
         assert isinstance(await begin(store, "a"), int), "it is asked again"
         assert await begin(store, "b") is None, "others' calls are still theirs"
+        return number
 
     try:
-        asyncio.run(go())
+        number = asyncio.run(go())
         with closing(sqlite3.connect(cache)) as connection:
             assert connection.execute("SELECT outcome FROM calls").fetchall() == [("lost",), ("open",), ("open",)]
             assert connection.execute("SELECT calls, money FROM spent").fetchall() == [(3, 0.5)]
+            # It was not dead after all, only not to be reached: what the call cost takes the place of the most.
+            asyncio.run(dead.finish(ok(cost=0.4), key("a"), Answer(value=1), number))
+            assert connection.execute("SELECT outcome FROM calls").fetchall() == [("ok",), ("open",), ("open",)]
+            ((calls, money),) = connection.execute("SELECT calls, money FROM spent").fetchall()
+            assert calls == 3 and money == pytest.approx(0.4)
     finally:
         dead.close()
         alive.close()
