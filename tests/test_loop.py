@@ -463,6 +463,20 @@ def test_old_weights_are_pruned_but_not_the_reference(tmp_path):
         parts.ledger.policy(2, parts.start)
 
 
+def test_the_best_policy_is_never_pruned(tmp_path):
+    parts = make_parts(make_config(tmp_path, loop__rounds=6, checkpoint__keep=1))
+    save = parts.learner.save
+
+    def sink(round_, *folders):
+        parts.learner.skill = {1: 1.0, 2: 6.0}.get(round_, 2.0)
+        return save(round_, *folders)
+
+    parts.learner.save = sink
+    summaries = run_rounds(parts)
+    assert max(summaries, key=lambda summary: summary["score"]["mean"])["policy_version"] == 2
+    assert {r for r in range(1, 7) if (parts.ledger.round_dir(r) / "policy").exists()} == {2, 6}
+
+
 def test_the_policy_that_judges_is_never_pruned(tmp_path):
     judge = {"kind": "self_score", "policy": 2}
     parts = make_parts(make_config(tmp_path, judge=judge, loop__rounds=5, checkpoint__keep=1))
