@@ -35,8 +35,9 @@ def finished(tmp_path_factory) -> Path:
     save = parts.learner.save
 
     def with_tensors(round_, policy, trainer):
-        save(round_, policy, trainer)
+        hashes = save(round_, policy, trainer)
         save_file({"b": torch.arange(6.0).view(2, 3), "a": torch.zeros(2)}, policy / "w.safetensors", {"format": "pt"})
+        return hashes
 
     parts.learner.save = with_tensors
     parts.judges = LocalJudgePool(parts.config.judge, parts.ledger.judge_cache)
