@@ -58,12 +58,14 @@ def test_weights_and_optimizer_of_a_real_learner_end_the_same():
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.distributed
-def test_a_run_on_ray_and_vllm_ends_the_same():
-    """Adapters, and rounds that are sampled ahead; of the other shapes, scripts/chaos.py --engine vllm."""
-    points = ("--point", "learn.step:3", "--point", "sync.begin:2")
-    code, output, table = run_chaos("--engine", "vllm", "--shape", "ahead", *points)
+@pytest.mark.parametrize(
+    ("shape", "points"), [("guarded", ("file.renamed@COMMIT.json:2",)), ("ahead", ("learn.step:3", "sync.begin:2"))]
+)
+def test_a_run_on_ray_and_vllm_ends_the_same(shape, points):
+    words = [word for point in points for word in ("--point", point)]
+    code, output, table = run_chaos("--engine", "vllm", "--shape", shape, *words)
     assert code == 0, output
-    assert sum(row["kills"] for row in table["points"].values()) == 2
+    assert sum(row["kills"] for row in table["points"].values()) == len(points)
     assert "did not end within 30 s: 0" in output
 
 
