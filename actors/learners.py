@@ -54,10 +54,11 @@ class _Rank:
         self.store = make_store(address, self.config.learner.ranks)
         return address, self.store.port
 
-    def start(self, meeting: tuple[str, int] | None) -> None:
-        """Joins the other ranks, if there are any, and loads the model."""
+    def start(self, meeting: tuple[str, int] | None) -> str | None:
+        """Joins the other ranks, if there are any, and loads the model. Returns what users should know of it."""
         with self._at("start"):
             self._start(meeting)
+            return str(self.learner.sharing) if self.learner.sharing.why_not else None
 
     def _start(self, meeting: tuple[str, int] | None) -> None:
         import torch
@@ -186,6 +187,8 @@ class LearnerGroup:
             self._ready(timeout)
         except LearnerLostError as lost:
             self.restart(lost)
+        if told := ray.get(self._starting[0]):
+            self._supervisor.tell(told)
 
     def _ready(self, timeout: float) -> None:
         waiting, deadline = self._by_rank(self._starting), time.monotonic() + timeout

@@ -1,15 +1,16 @@
-"""Which examples go through the model when, and as which arrays. Pure functions over numpy; no torch.
+"""Which examples are in which optimizer step. Pure functions over numpy; no torch.
 
 An example is a row that is trained on: a pair (sides chosen and rejected), or a single labelled response (side
 response). Nothing is dropped, nothing is repeated: a round's last global batch may be smaller. Losses are divided by
-the number of examples of the global batch, so how it is cut into ranks and micro-batches changes nothing but rounding.
+the number of examples of the global batch, so how it is cut into ranks and micro-batches (`online_po.packing`) changes
+nothing but rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 
 import numpy as np
 import pyarrow as pa
@@ -79,6 +80,13 @@ class Examples:
         return next_with_another(self._table.column("prompt_id").to_numpy(zero_copy_only=False))
 
     @cached_property
+    def prompt_groups(self) -> np.ndarray:
+        """(N,) int64: one number for all examples whose prompts have the same tokens, from 0 as they appear."""
+        seen: dict[bytes, int] = {}
+        digests = (blake2b(self.prompt[row].tobytes(), digest_size=16).digest() for row in range(len(self)))
+        return np.fromiter((seen.setdefault(digest, len(seen)) for digest in digests), dtype=np.int64, count=len(self))
+
+    @cached_property
     def _mismatched(self) -> np.ndarray:
         """(N,) tokens of the partners' responses that follow a prompt: no more than fit into the longest of the own
         sequences, as the model's context ends somewhere."""
@@ -120,76 +128,28 @@ def next_with_another(keys: np.ndarray) -> np.ndarray:
     )
 
 
-def epoch_order(count: int, seed: int, round_: int, epoch: int) -> np.ndarray:
-    """(count,) int64: the order in which an epoch visits the pairs, a function of the arguments alone."""
-    return np.random.default_rng(stable_seed(seed, "order", round_, epoch)).permutation(count)
+ORDER_VERSION = 2
+"""Of `epoch_order`: who goes on inside an epoch must visit it in the order that it was begun in."""
+
+
+def epoch_order(groups: np.ndarray, together: int, seed: int, round_: int, epoch: int) -> np.ndarray:
+    """(N,) int64: the order in which an epoch visits N examples, a function of the arguments alone.
+
+    `groups` (N,): their `Examples.prompt_groups`. Up to `together` examples of a prompt, drawn at random, follow each
+    other: they are mostly of one optimizer step, where what they share is computed once.
+    """
+    rng = np.random.default_rng(stable_seed(seed, "order", round_, epoch))
+    shuffled = rng.permutation(len(groups))
+    by_group = shuffled[np.argsort(groups[shuffled], kind="stable")]
+    keys = groups[by_group]
+    begins = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))[: len(groups)]  # of each group
+    place = np.arange(len(groups)) - np.repeat(begins, np.diff(begins, append=len(groups)))
+    cuts = np.flatnonzero(place % together == 0)
+    units = np.split(by_group, cuts[1:])
+    return np.concatenate([units[i] for i in rng.permutation(len(units))]) if len(groups) else shuffled
 
 
 def global_batches(order: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Cuts an order into the fewest optimizer steps of at most `size` pairs, as equal as can be: the update of a
-    step is normalised, so a remainder of one pair would count as much as a whole batch."""
+    """Cuts an order into the fewest optimizer steps of at most `size` examples, as equal as can be: the update of a
+    step is normalised, so a remainder of one example would count as much as a whole batch."""
     yield from np.array_split(order, -(-len(order) // size))
-
-
-def rank_plans(
-    rows: np.ndarray, widths: np.ndarray, ranks: int, token_limit: int, sequences: int = 2
-) -> list[list[np.ndarray]]:
-    """For each rank, its micro-batches of `rows`: the same number for every rank, some maybe empty.
-
-    Rows are sorted by width (longest first) and dealt out like cards, so that ranks have equal work and
-    little padding. `widths` is (N,), of all examples. A micro-batch holds so many `sequences` an example, padded to
-    the longest, in at most `token_limit` tokens; an example that is longer by itself goes alone.
-    """
-    ordered = rows[np.argsort(-widths[rows], kind="stable")]
-    plans = [_micro_batches(ordered[rank::ranks], widths, token_limit // sequences) for rank in range(ranks)]
-    passes = max(len(plan) for plan in plans)
-    empty = np.empty(0, dtype=np.int64)
-    return [plan + [empty] * (passes - len(plan)) for plan in plans]
-
-
-def _micro_batches(ordered: np.ndarray, widths: np.ndarray, width_limit: int) -> list[np.ndarray]:
-    batches, begin = [], 0
-    while begin < len(ordered):
-        size = max(1, width_limit // int(widths[ordered[begin]]))
-        batches.append(ordered[begin : begin + size])
-        begin += size
-    return batches
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MicroBatch:
-    """m examples of k sides as arrays: rows 0 to m-1 are prompt + first side, the next m prompt + second side."""
-
-    input_ids: np.ndarray
-    """(km, T) int64, padded with zeros on the right."""
-    positions: np.ndarray
-    """(S,) int64: places in the flattened (km * T,) sequences whose outputs predict response tokens."""
-    targets: np.ndarray
-    """(S,) int64: those response tokens, row after row."""
-    lengths: np.ndarray
-    """(k, m) int64 response lengths; they sum to S, unless the batch is a stand-in."""
-
-
-def collate(examples: Examples, rows: np.ndarray, sides: Sequence[str]) -> MicroBatch:
-    """The arrays of some examples. Without rows: one stand-in token, so that a rank that has run out of examples
-    can go through the same passes as the others; it has no lengths, so it counts nowhere."""
-    if len(rows) == 0:
-        one, none = np.zeros(1, dtype=np.int64), np.empty((len(sides), 0), dtype=np.int64)
-        return MicroBatch(input_ids=np.zeros((1, 2), dtype=np.int64), positions=one, targets=one, lengths=none)
-    sequences = [examples.sequence(side, row) for side in sides for row in rows]
-    width = max(len(prompt) + len(response) for prompt, response in sequences)
-    input_ids = np.zeros((len(sequences), width), dtype=np.int64)
-    positions, targets = [], []
-    for i, (prompt, response) in enumerate(sequences):
-        end = len(prompt) + len(response)
-        input_ids[i, : len(prompt)] = prompt
-        input_ids[i, len(prompt) : end] = response
-        first = i * width + len(prompt) - 1  # the prompt's last token predicts the response's first
-        positions.append(np.arange(first, first + len(response)))
-        targets.append(response)
-    return MicroBatch(
-        input_ids=input_ids,
-        positions=np.concatenate(positions),
-        targets=np.concatenate(targets).astype(np.int64),
-        lengths=np.array([len(response) for _, response in sequences]).reshape(len(sides), -1),
-    )

@@ -320,7 +320,7 @@ class Config(Section):
                 | {"max_num_seqs"}
                 | (set() if self_judges(self.judge) else {"max_model_len"}),
                 "judge": True,
-                "learner": {"threads", "micro_batch_tokens", "gradient_checkpointing"},
+                "learner": {"threads", "micro_batch_tokens", "gradient_checkpointing", "prefix_sharing"},
             },
         )
         rolling = self.guards.model_dump(mode="json", include=set(self.guards.rolling_back))

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from online_po import files, policy_model
 from online_po.adapters import adapter_replaced, blend_adapters
-from online_po.batching import MISMATCHED, Examples, MicroBatch, epoch_order, global_batches
+from online_po.batching import MISMATCHED, ORDER_VERSION, Examples, epoch_order, global_batches
 from online_po.errors import ConfigError, OnlinePOError, first_line, is_out_of_memory
 from online_po.fail_points import fail_point
 from online_po.logps import LogpModel, require_known_head
@@ -38,6 +38,8 @@ from online_po.loss_configs import LossBase
 from online_po.model_config import load_tokenizer
 from online_po.objective import Objective
 from online_po.optimizer import build_optimizer, optimizer_tensors, read_optimizer
+from online_po.packing import MicroBatch
+from online_po.prefix_sharing import Sharing, share_prompts
 from online_po.schedule import learning_rate, run_progress
 from online_po.scoring import Scoring
 from online_po.sections import LearnerConfig, ModelConfig
@@ -45,6 +47,7 @@ from online_po.seeds import stable_seed
 from online_po.step_checkpoints import StepPlan, StepWriter
 from online_po.steps import Known, Stepper
 from online_po.tensor_file import write_tensors
+from online_po.tree_attention import ATTENTION
 from online_po.types import Policy
 
 STATE_VERSION = 3
@@ -91,10 +94,17 @@ class TorchLearner:
             torch.cuda.set_device(self.device)
         self.param_dtype: torch.dtype = getattr(torch, learner.param_dtype)
         self.compute_dtype: torch.dtype = getattr(torch, learner.compute_dtype)
-        self.model, self.scorer = self._build()
+        self.model, self.scorer, self.sharing = self._build()
         self._most_tokens = min(learner.micro_batch_tokens, micro_batch_tokens or learner.micro_batch_tokens)
         self._tick = tick
-        self._scoring = Scoring(self.scorer, learner, self.device, with_prefix=self.objective.with_prefix, tick=tick)
+        self._scoring = Scoring(
+            self.scorer,
+            learner,
+            self.device,
+            with_prefix=self.objective.with_prefix,
+            longest_shared=self.sharing.longest,
+            tick=tick,
+        )
         self._scoring.micro_batch_tokens = self._most_tokens
         self.optimizer = build_optimizer(self._trained(), learner)
         self._stepper = Stepper(
@@ -111,16 +121,25 @@ class TorchLearner:
 
     # -- construction ------------------------------------------------------------------------------
 
-    def _build(self) -> tuple[PreTrainedModel | PeftModel, LogpModel]:
-        """(the model as it is saved, the module that is called)."""
+    def _build(self) -> tuple[PreTrainedModel | PeftModel, LogpModel, Sharing]:
+        """(the model as it is saved, the module that is called, which examples share their prompts)."""
         config = self.model_config
         causal_lm: PreTrainedModel
+        sharing = Sharing()
         if self.rank == 0:
             causal_lm = policy_model.load_causal_lm(config, self.param_dtype)
             # Here on the CPU: no GPU need ever hold the whole model of several ranks.
             require_known_head(causal_lm, config.path)
+            if self.config.prefix_sharing:
+                sharing = share_prompts(causal_lm)
         else:
             causal_lm = policy_model.empty_causal_lm(config, self.param_dtype)
+        if self.ranks > 1:
+            agreed = [sharing]
+            dist.broadcast_object_list(agreed, 0)
+            (sharing,) = agreed
+            if self.rank != 0 and sharing.longest > 0:
+                causal_lm.set_attn_implementation(ATTENTION)
         layers = policy_model.decoder_layers(causal_lm)
         model: PreTrainedModel | PeftModel = causal_lm
         if self.config.lora is not None:
@@ -134,13 +153,13 @@ class TorchLearner:
             policy_model.checkpoint_activations(layers)
         scorer = LogpModel(causal_lm)
         if self.ranks == 1:
-            return model.to(self.device), scorer.to(self.device)
+            return model.to(self.device), scorer.to(self.device), sharing
         whole = None
         if self.rank == 0:
             whole = {name: t.detach() for name, t in [*scorer.named_parameters(), *scorer.named_buffers()]}
         mesh = init_device_mesh(self.device.type, (self.ranks,))
         policy_model.shard(scorer, layers, mesh, self.compute_dtype, whole)
-        return model, scorer
+        return model, scorer, sharing
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -174,9 +193,10 @@ class TorchLearner:
             input_ids=ids[None],
             positions=np.arange(len(ids) - 1),
             targets=ids[1:],
-            lengths=np.array([[len(ids) - 1]]),
+            lengths=np.array([len(ids) - 1]),
+            which=np.zeros((1, 1), dtype=np.int64),
         )
-        (token_logps,), _, _ = self._scoring.token_logps(batch)
+        (token_logps,) = self._scoring.score(batch).logps
         self._scoring.reshard()
         return token_logps.tolist()
 
@@ -229,7 +249,7 @@ class TorchLearner:
             self._load_step(plan.after.folder)
         made = plan.metrics
         with StepWriter(plan) as writer:
-            for step, rows in islice(enumerate(self._batches(len(tokens), round_)), plan.done, None):
+            for step, rows in islice(enumerate(self._batches(tokens, round_)), plan.done, None):
                 rate = learning_rate(self.config, run_progress(round_, step, steps, self.rounds))
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
@@ -241,10 +261,11 @@ class TorchLearner:
                     self._save_step(step + 1, made, writer)
                 yield metrics
 
-    def _batches(self, count: int, round_: int) -> Iterator[np.ndarray]:
+    def _batches(self, tokens: Examples, round_: int) -> Iterator[np.ndarray]:
         """The rows of each optimizer step of a round."""
+        together = self.config.examples_together
         for epoch in range(self.config.epochs):
-            order = epoch_order(count, self.seed, round_, epoch)
+            order = epoch_order(tokens.prompt_groups, together, self.seed, round_, epoch)
             yield from global_batches(order, self.config.global_batch_size)
 
     # -- weights -----------------------------------------------------------------------------------
@@ -361,7 +382,7 @@ class TorchLearner:
             writer.wait()
         policy = self._gathered(copy=True)
         moments = optimizer_tensors(self.optimizer, self._trained(), copy=True, tick=self._tick)
-        state = self._state(step=step)
+        state = self._state(step=step, order=ORDER_VERSION)
 
         def write(folder: Path) -> dict[str, str]:
             given = {POLICY_FILE: policy, OPTIMIZER_FILE: moments}
@@ -375,7 +396,7 @@ class TorchLearner:
     def _load_step(self, folder: Path) -> None:
         """Takes back what `_save_step` wrote. All ranks must call it."""
         self._take(load_file(folder / POLICY_FILE) if self.rank == 0 else None)
-        self._load_trainer(folder, step=int(folder.name))
+        self._load_trainer(folder, step=int(folder.name), order=ORDER_VERSION)
 
     def load(self, policy: Policy, trainer_dir: Path) -> None:
         """See `online_po.protocols.Learner.load`. Raises OnlinePOError if the two folders are not of one round."""
@@ -388,7 +409,8 @@ class TorchLearner:
 
     def _state(self, **of: int) -> str:
         """What a learner is beside weights and moments, as JSON. Learning rates, orders and dropout are functions of
-        the round and the step; no random state is carried on. `of`: the policy version, or the step, it belongs to."""
+        the round and the step; no random state is carried on. `of`: the policy version it belongs to, or the step and
+        the order it was made in."""
         state = {"format": STATE_VERSION, **of, "torch": torch.__version__, "means": self.objective.means}
         if self._scoring.micro_batch_tokens < self.config.micro_batch_tokens:
             state["micro_batch_tokens"] = self._scoring.micro_batch_tokens

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from online_po.errors import ConfigError
+from online_po.tree_attention import TreeMasks
 
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
 """Float32 logits that may exist at once: 64 MiB on a CPU, where larger ones cost page faults; 512 MiB on a GPU."""
@@ -58,9 +59,14 @@ class LogpModel(nn.Module):
         targets: Tensor,
         with_entropy: bool = False,
         with_collision: bool = False,
+        *,
+        position_ids: Tensor | None = None,
+        trees: TreeMasks | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`input_ids` (B, T), padded on the right; `positions` (S,) places in the flattened (B * T,) sequences;
-        `targets` (S,) the tokens that follow those places.
+        `targets` (S,) the tokens that follow those places. With `trees` B is 1, nothing is padded, and `position_ids`
+        (1, T) are the tokens' places in sequences of their own; the model must know trees
+        (`online_po.prefix_sharing`).
 
         Returns (S,) float32 logps of the targets, and of the distributions they were drawn from (S,) float32
         entropies and log sum_v p_v^2, all in nats; the latter two carry no gradient, and are empty (0,) unless asked
@@ -68,7 +74,12 @@ class LogpModel(nn.Module):
         """
         # No attention mask: attention is causal and padding is on the right, so no real token sees padding,
         # and without a mask sdpa takes its fast causal path. Position ids default to 0..T-1.
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
+        kwargs: dict[str, object] = {}
+        if trees is not None:
+            # Of four dimensions: transformers hands it on as it is, and makes no mask of its own. Nothing reads it.
+            unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+            kwargs = {"trees": trees, "position_ids": position_ids, "attention_mask": unread}
+        hidden = self.model.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state  # (B, T, D)
         hidden = hidden.flatten(0, 1).index_select(0, positions)  # (S, D)
         chunk = max(1, CHUNK_LOGITS[hidden.device.type] // self.model.config.get_text_config().vocab_size)
         weights = float32_weights(self.model.get_output_embeddings())

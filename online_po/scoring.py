@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,16 +16,52 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from online_po.batching import PAIR_SIDES, Examples, MicroBatch, collate, rank_plans
+from online_po.batching import PAIR_SIDES, Examples
 from online_po.errors import LearnerMemoryError
 from online_po.logps import LogpModel
+from online_po.packing import MicroBatch, batch_tokens, collate, rank_plans
 from online_po.sections import LearnerConfig
+from online_po.tree_attention import TreeMasks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """What the model says of the responses of a micro-batch: of each side and example, side after side, (R,) float32
+    for its R tokens. A response that several examples have is the same tensor in each."""
+
+    logps: list[Tensor]
+    entropies: list[Tensor]
+    """Empty, unless they were asked for."""
+    collisions: list[Tensor]
+    """log sum_v p_v^2; empty, unless they were asked for."""
+
+
+def score(
+    model: LogpModel,
+    batch: MicroBatch,
+    device: torch.device,
+    with_entropy: bool = False,
+    with_collision: bool = False,
+) -> Scored:
+    """One forward of a micro-batch, see `Scored`. A stand-in gives one tensor of logps, whose values are 0."""
+    trees = None if batch.trees is None else TreeMasks(batch.trees, device)
+    arrays = (batch.input_ids, batch.positions, batch.targets)
+    ids, positions, targets = (torch.from_numpy(array).to(device) for array in arrays)
+    places = None if batch.position_ids is None else torch.from_numpy(batch.position_ids).to(device)
+    found = model(ids, positions, targets, with_entropy, with_collision, position_ids=places, trees=trees)
+    if batch.which.size == 0:
+        return Scored(logps=[found[0] * 0.0], entropies=[], collisions=[])
+    parts = [list(values.split(batch.lengths.tolist())) if len(values) else [] for values in found]
+    logps, entropies, collisions = ([one[i] for i in batch.which.flatten()] if one else [] for one in parts)
+    return Scored(logps=logps, entropies=entropies, collisions=collisions)
 
 
 class Scoring:
     """The model as a scorer of responses. Every rank makes the same calls with the same arguments.
 
     `with_prefix`: pairs are also scored up to the shorter response's length.
+    `longest_shared`: examples share their prompts where none of those that are asked for together has a sequence of
+    more tokens.
     `tick` is called after each micro-batch.
     """
 
@@ -35,9 +72,11 @@ class Scoring:
         device: torch.device,
         *,
         with_prefix: bool,
+        longest_shared: float = 0,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.config, self.device, self.with_prefix = model, config, device, with_prefix
+        self.longest_shared = longest_shared
         self.compute_dtype: torch.dtype = getattr(torch, config.compute_dtype)
         self.micro_batch_tokens, self.tick = config.micro_batch_tokens, tick
         """Less than configured once memory ran out; part of the learner's state."""
@@ -48,7 +87,12 @@ class Scoring:
 
     def micro_batches(self, tokens: Examples, rows: np.ndarray, sides: Sequence[str]) -> list[list[np.ndarray]]:
         """`rank_plans` of some rows, of which these sides go through the model."""
-        return rank_plans(rows, tokens.widths(sides), self.ranks, self.micro_batch_tokens, len(sides))
+        shared = self.shares(tokens, rows, sides)
+        return rank_plans(tokens, rows, sides, self.ranks, self.micro_batch_tokens, shared=shared)
+
+    def shares(self, tokens: Examples, rows: np.ndarray, sides: Sequence[str]) -> bool:
+        """Whether the prompts of some rows are shared."""
+        return bool((tokens.widths(sides)[rows] <= self.longest_shared).all())
 
     def make_smaller(self, tokens: Examples, rows: np.ndarray, where: str, fault: str) -> None:
         """After passes over some rows ran out of memory (`fault`): halves the largest micro-batch, from here on.
@@ -58,9 +102,9 @@ class Scoring:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        widths = tokens.widths(tokens.sides)
+        shared = self.shares(tokens, rows, tokens.sides)
         shares = [share for plan in self.micro_batches(tokens, rows, tokens.sides) for share in plan if len(share)]
-        held = [len(tokens.sides) * len(share) * int(widths[share].max()) for share in shares]
+        held = [batch_tokens(tokens, share, tokens.sides, shared=shared) for share in shares]
         several = [size for size, share in zip(held, shares, strict=True) if len(share) > 1]
         if not several:
             raise LearnerMemoryError(
@@ -76,18 +120,10 @@ class Scoring:
             )
         self.micro_batch_tokens = smaller
 
-    def token_logps(
-        self, batch: MicroBatch, with_entropy: bool = False, with_collision: bool = False
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """([k * m] (R,) logps of each response's tokens, (S,) entropies, (S,) log collisions), float32; the latter two
-        are empty (0,) unless asked for."""
-        arrays = (batch.input_ids, batch.positions, batch.targets)
-        ids, positions, targets = (torch.from_numpy(array).to(self.device) for array in arrays)
+    def score(self, batch: MicroBatch, with_entropy: bool = False, with_collision: bool = False) -> Scored:
+        """One forward, see `score`."""
         with self._autocast():
-            token_logps, entropies, collisions = self.model(ids, positions, targets, with_entropy, with_collision)
-        if batch.lengths.size == 0:  # a stand-in: what it says counts nowhere
-            return [token_logps * 0.0], entropies[:0], collisions[:0]
-        return list(token_logps.split(batch.lengths.flatten().tolist())), entropies, collisions
+            return score(self.model, batch, self.device, with_entropy, with_collision)
 
     def _autocast(self) -> AbstractContextManager[object]:
         # Several ranks: FSDP casts each layer's weights as it gathers them.
@@ -95,15 +131,15 @@ class Scoring:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
-    def side_logps(self, batch: MicroBatch, token_logps: list[Tensor], sides: Sequence[str]) -> dict[str, Tensor]:
+    def side_logps(self, batch: MicroBatch, scored: Scored, sides: Sequence[str]) -> dict[str, Tensor]:
         """{side: (m,)} summed logps, and {side_prefix: (m,)} of the tokens up to the shorter response's length."""
-        m = batch.lengths.shape[1]
+        m = batch.which.shape[1]
         found = {}
         for i, side in enumerate(sides):
-            mine = token_logps[i * m : (i + 1) * m]
+            mine = scored.logps[i * m : (i + 1) * m]
             found[side] = torch.stack([part.sum() for part in mine])
             if self.with_prefix and side in PAIR_SIDES:
-                ends = batch.lengths.min(axis=0).tolist()
+                ends = batch.lengths[batch.which].min(axis=0).tolist()
                 found[f"{side}_prefix"] = torch.stack([p[:end].sum() for p, end in zip(mine, ends, strict=True)])
         return found
 
@@ -120,17 +156,18 @@ class Scoring:
         """
         names = [*sides, *(f"{side}_prefix" for side in sides if self.with_prefix and side in PAIR_SIDES)]
         names += [f"{side}_weight" for side in sides if with_weights]
+        shared = self.shares(tokens, rows, sides)
         for shares in zip(*self.micro_batches(tokens, rows, sides), strict=True):
             mine = shares[self.rank]
             before = sum(len(share) for share in shares[: self.rank])
             found = torch.zeros(len(names), sum(map(len, shares)), device=self.device)
-            batch = collate(tokens, mine, sides)
-            token_logps, _, collisions = self.token_logps(batch, with_collision=with_weights)
+            batch = collate(tokens, mine, sides, shared=shared)
+            scored = self.score(batch, with_collision=with_weights)
             if len(mine):
-                scored = self.side_logps(batch, token_logps, sides)
+                values = self.side_logps(batch, scored, sides)
                 if with_weights:
-                    scored |= side_weights(batch, token_logps, collisions, sides)
-                found[:, before : before + len(mine)] = torch.stack([scored[name] for name in names])
+                    values |= side_weights(batch, scored, sides)
+                found[:, before : before + len(mine)] = torch.stack([values[name] for name in names])
             self.sum_over_ranks(found)
             self.tick()
             yield {"row": np.concatenate(shares)} | dict(zip(names, found.cpu().numpy(), strict=True))
@@ -170,11 +207,8 @@ def places(rows: np.ndarray, some: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def side_weights(
-    batch: MicroBatch, token_logps: list[Tensor], collisions: Tensor, sides: Sequence[str]
-) -> dict[str, Tensor]:
+def side_weights(batch: MicroBatch, scored: Scored, sides: Sequence[str]) -> dict[str, Tensor]:
     """{side_weight: (m,)} mean over a response's tokens of log p - log sum_v p_v^2, as WPO weighs it."""
-    m = batch.lengths.shape[1]
-    parts = collisions.split(batch.lengths.flatten().tolist())
-    means = [(logps - collision).mean() for logps, collision in zip(token_logps, parts, strict=True)]
+    m = batch.which.shape[1]
+    means = [(logps - other).mean() for logps, other in zip(scored.logps, scored.collisions, strict=True)]
     return {f"{side}_weight": torch.stack(means[i * m : (i + 1) * m]) for i, side in enumerate(sides)}

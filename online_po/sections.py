@@ -201,8 +201,21 @@ class LearnerConfig(Section):
     micro_batch_tokens: int = Field(
         4096,
         ge=1,
-        description="Padded tokens in one forward pass of one rank; longer single pairs go alone. May be another one "
-        "when a run goes on: results then differ in rounding. What was halved for want of memory stays the most.",
+        description="Tokens in one forward pass of one rank, padding included; longer single pairs go alone. May be "
+        "another one when a run goes on: results then differ in rounding. What was halved for want of memory stays the "
+        "most.",
+    )
+    prefix_sharing: bool = Field(
+        True,
+        description="A prompt and all responses to it go through the model once, without padding, where the model "
+        "computes the same so (it is tried at the start, and said where not); false: each response with its own "
+        "prompt. May be another one when a run goes on: results then differ in rounding at most.",
+    )
+    examples_together: int = Field(
+        4,
+        ge=1,
+        description="So many pairs of one prompt are trained on in a row, mostly in one optimizer step, where they "
+        "share their prompt. 1: pairs are shuffled singly.",
     )
     epochs: int = Field(1, ge=1, description="Passes over a round's pairs.")
     gradient_checkpointing: bool = Field(

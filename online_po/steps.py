@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from online_po.batching import MISMATCHED, PAIR_SIDES, Examples, collate
+from online_po.batching import MISMATCHED, PAIR_SIDES, Examples
 from online_po.errors import LearnerMemoryError, NonFiniteError, first_line, is_out_of_memory
 from online_po.objective import METRICS, Objective
 from online_po.optimizer import clip_gradients
+from online_po.packing import MicroBatch, collate
 from online_po.policy_model import lora_dropout
 from online_po.scoring import Scoring, places, side_weights
 
@@ -118,8 +119,9 @@ class Stepper:
             step = self._prepare(known, rows, dropout_seed)
             sums = torch.zeros(len(METRICS) + 1, 2, dtype=torch.float64, device=scoring.device)
             with lora_dropout(self.model, dropout_seed):
+                shared = scoring.shares(known.tokens, rows, sides)
                 for share in scoring.micro_batches(known.tokens, rows, sides)[scoring.rank]:
-                    sums += self._accumulate(known, share, step)
+                    sums += self._accumulate(known, collate(known.tokens, share, sides, shared=shared), share, step)
                     scoring.tick()
             return step, sums
         except (RuntimeError, MemoryError) as error:
@@ -156,19 +158,18 @@ class Stepper:
             }
         return step
 
-    def _accumulate(self, known: Known, rows: np.ndarray, step: _Step) -> Tensor:
-        """Forward and backward of one micro-batch; returns float64 (len(METRICS) + 1, 2) sums and counts: the
-        objective's, then entropies over response tokens."""
+    def _accumulate(self, known: Known, batch: MicroBatch, rows: np.ndarray, step: _Step) -> Tensor:
+        """Forward and backward of the micro-batch of some rows; returns float64 (len(METRICS) + 1, 2) sums and counts:
+        the objective's, then entropies over response tokens."""
         scoring, sides = self.scoring, known.tokens.sides
-        batch = collate(known.tokens, rows, sides)
-        token_logps, entropies, collisions = scoring.token_logps(batch, True, self.objective.with_weights)
+        scored = scoring.score(batch, True, self.objective.with_weights)
         if len(rows) == 0:
-            token_logps[0].sum().backward()
+            scored.logps[0].sum().backward()
             return torch.zeros(len(METRICS) + 1, 2, dtype=torch.float64, device=scoring.device)
-        policy = {_field(name): value for name, value in scoring.side_logps(batch, token_logps, sides).items()}
+        policy = {_field(name): value for name, value in scoring.side_logps(batch, scored, sides).items()}
         fixed = self._fixed_values(known, rows)
         if self.objective.with_weights:
-            weights = side_weights(batch, token_logps, collisions, sides)
+            weights = side_weights(batch, scored, sides)
             fixed |= {_field(name): value for name, value in weights.items()}
         values = policy | fixed
         if step.losses is None:
@@ -182,7 +183,8 @@ class Stepper:
         start = {}
         if known.start is not None:
             start = {_field(side): scoring.tensor(known.start[side][rows]) for side in sides}
-        entropy = torch.stack([entropies.double().sum(), entropies.new_tensor(len(entropies)).double()])
+        entropies = torch.cat(scored.entropies).double()
+        entropy = torch.stack([entropies.sum(), entropies.new_tensor(len(entropies))])
         return torch.cat([self.objective.sums(losses.detach(), values, start, known.betas), entropy[None]])
 
     def _fixed_values(self, known: Known, rows: np.ndarray) -> dict[str, Tensor]:

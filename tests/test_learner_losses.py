@@ -325,6 +325,17 @@ def test_in_bfloat16_a_step_is_the_same_but_for_rounding(
 def test_no_pass_holds_more_tokens_than_it_may(model: Path, names: tuple[str, ...]) -> None:
     examples, limit = make_examples(names[0], 17), 60
     learner = learn(model, losses_of(*names), micro_batch_tokens=limit)
+    sizes: list[int] = []
+    learner.scorer.register_forward_pre_hook(lambda _module, args: sizes.append(args[0].numel()))
+    reference = collect_logps(learner.logps, examples, start(model))
+    list(learner.update(1, examples, reference, None))
+    assert limit / 2 < max(sizes) <= limit, "no example is longer by itself"
+
+
+@pytest.mark.parametrize("names", [("kto", "bco"), ("aot", "ld_dpo", "wpo")])
+def test_no_pass_of_plain_rows_holds_more_tokens_than_it_may(model: Path, names: tuple[str, ...]) -> None:
+    examples, limit = make_examples(names[0], 17), 60
+    learner = learn(model, losses_of(*names), micro_batch_tokens=limit, prefix_sharing=False)
     shapes: list[tuple[int, int]] = []
     learner.scorer.register_forward_pre_hook(lambda _module, args: shapes.append(tuple(args[0].shape)))
     reference = collect_logps(learner.logps, examples, start(model))

@@ -78,10 +78,10 @@ def without_size(steps: list[dict[str, float]]) -> list[dict[str, float]]:
     ("case", "size", "number", "error"),
     [
         ("full", 4096, 1, cpu_error),
-        ("full", 100, 2, cuda_error),
-        ("lora", 100, 3, cpu_error),
-        ("two passes", 100, 2, cpu_error),  # without a gradient
-        ("two passes", 100, 5, cuda_error),  # with one
+        ("full", 50, 2, cuda_error),
+        ("lora", 50, 3, cpu_error),
+        ("two passes", 50, 2, cpu_error),  # without a gradient
+        ("two passes", 50, 5, cuda_error),  # with one
     ],
 )
 def test_a_step_is_made_again_as_if_it_had_begun_with_smaller_micro_batches(
@@ -109,12 +109,12 @@ def test_a_step_is_made_again_as_if_it_had_begun_with_smaller_micro_batches(
 def test_it_is_halved_until_it_fits_and_stays_so(tiny_model: Path, tmp_path: Path) -> None:
     learner = make(tiny_model, micro_batch_tokens=100_000)
     reference = collect_logps(learner.logps, PAIRS, start(tiny_model))
-    passes = fails(learner, cpu_error, lambda count, tokens: tokens > 90)
+    passes = fails(learner, cpu_error, lambda count, tokens: tokens > 34)
     steps = train(learner, reference)
-    tried = [tokens for tokens in passes if tokens > 90]
-    assert len(tried) >= 2 and tried[0] > 3 * 90
+    tried = [tokens for tokens in passes if tokens > 34]
+    assert len(tried) >= 2 and tried[0] > 3 * 34
     sizes = [step["micro_batch_tokens"] for step in steps]
-    assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= 90
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= 34
     learner.save(1, tmp_path / "policy", tmp_path / "trainer")
     other = make(tiny_model, micro_batch_tokens=100_000)
     other.load(Policy(version=1, path=tmp_path / "policy"), tmp_path / "trainer")
@@ -127,7 +127,7 @@ def test_it_is_halved_until_it_fits_and_stays_so(tiny_model: Path, tmp_path: Pat
 def test_a_round_that_goes_on_after_a_step_goes_on_with_its_micro_batches(tiny_model: Path, tmp_path: Path) -> None:
     runs = []
     for stops in (False, True):
-        learner = make(tiny_model, "lora")
+        learner = make(tiny_model, "lora", micro_batch_tokens=60)
         reference = collect_logps(learner.logps, PAIRS, start(tiny_model))
         fails(learner, cpu_error, lambda count, tokens: count == 2)
         plan = StepPlan(folder=tmp_path / "steps", every=1)
@@ -135,7 +135,7 @@ def test_a_round_that_goes_on_after_a_step_goes_on_with_its_micro_batches(tiny_m
             begun = learner.update(1, PAIRS, reference, None, plan=plan)
             next(begun)
             begun.close()
-            learner = make(tiny_model, "lora")
+            learner = make(tiny_model, "lora", micro_batch_tokens=60)
             plan = StepPlan(folder=tmp_path / "steps", every=1, after=newest_whole(tmp_path / "steps")[0])
         steps = [*timeless(plan.metrics), *train(learner, reference, plan=plan if stops else None)]
         runs.append((steps, state_of(learner, tmp_path / f"stops {stops}")))
@@ -146,7 +146,7 @@ def test_one_pair_that_does_not_fit_is_said_and_nothing_has_changed(tiny_model: 
     learner = make(tiny_model)
     reference = collect_logps(learner.logps, PAIRS, start(tiny_model))
     before = [p.detach().clone() for p in learner.model.parameters()]
-    fails(learner, cpu_error, lambda count, tokens: tokens > 30 and learner.model.training is False)
+    fails(learner, cpu_error, lambda count, tokens: tokens > 20 and learner.model.training is False)
     message = (
         r"round 1, step 1 of 3: .*out of memory \(.*can't allocate memory.*\) with one example of \d+ tokens in a .*"
     )

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from transformers import (
 )
 
 from online_po import logps as logps_module
-from online_po.batching import PAIR_SIDES, Examples, MicroBatch, collate
+from online_po.batching import PAIR_SIDES, Examples
 from online_po.errors import ConfigError
 from online_po.logps import LogpModel, float32_weights, logits_of, require_known_head
+from online_po.packing import MicroBatch, collate
 from tests.learner_setup import VOCABULARY, make_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,9 +58,9 @@ def make_model(kind: str, attention: str = "sdpa") -> PreTrainedModel:
 def make_batch() -> tuple[MicroBatch, torch.Tensor]:
     """Six pairs of ragged lengths, and the attention mask that marks their real tokens."""
     tokens = Examples(make_pairs(6, seed=3))
-    batch = collate(tokens, np.arange(6), PAIR_SIDES)
+    batch = collate(tokens, np.arange(6), PAIR_SIDES, shared=False)
     mask = torch.zeros(batch.input_ids.shape, dtype=torch.long)
-    lengths = [len(tokens.prompt[i % 6]) + batch.lengths.flatten()[i] for i in range(12)]
+    lengths = [len(tokens.prompt[i % 6]) + batch.lengths[i] for i in range(12)]
     for row, length in enumerate(lengths):
         mask[row, :length] = 1
     return batch, mask
@@ -124,7 +126,7 @@ def test_padding_changes_nothing() -> None:
         real[row * width : own.min()] = True
     noise.flat[~real] = 99
     assert (noise != batch.input_ids).any()
-    padded = MicroBatch(input_ids=noise, positions=batch.positions, targets=batch.targets, lengths=batch.lengths)
+    padded = replace(batch, input_ids=noise)
     with torch.no_grad():
         assert torch.equal(run(model, batch)[0], run(model, padded)[0])
 

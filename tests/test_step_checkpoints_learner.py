@@ -122,7 +122,9 @@ def test_a_step_of_another_format_is_refused(tiny_model: Path, tmp_path: Path) -
     state = json.loads((after.folder / "trainer.json").read_text())
     (after.folder / "trainer.json").write_text(json.dumps(state | {"format": 1}))
     plan = StepPlan(folder=tmp_path, every=1, after=after)
-    with pytest.raises(OnlinePOError, match=r"000001' holds the state of step 1, format 1, not of step 1, format \d"):
+    with pytest.raises(
+        OnlinePOError, match=r"000001' holds the state of step 1, order 2, format 1, not of step 1, order 2, format \d"
+    ):
         next(learner.update(1, make_pairs(20), None, None, plan=plan))
 
 

@@ -1,0 +1,87 @@
+"""Attention in which the responses to a prompt share it.
+
+A tree is a prompt and, behind it, its responses as branches: each branch sees the prompt and itself, none of the
+others, and its tokens have the positions they would have in a row of their own. Many trees lie one after the other in
+one row (`online_po.packing`), so there is no padding, and what a prompt costs is paid once. Everything else in a model
+works token by token and needs to know nothing of it; where that is not so, `online_po.prefix_sharing` finds out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "online_po_trees"
+"""The name that `tree_attention` has in transformers."""
+
+
+class TreeMasks:
+    """The trees of one row, and what their branches may see. One object serves all layers, in backward again.
+
+    `sizes`: for each tree its prompt's tokens, then each branch's (at least one); they follow each other in the row.
+    """
+
+    def __init__(self, sizes: Sequence[Sequence[int]], device: torch.device) -> None:
+        self.sizes, self.device = sizes, device
+        self.pieces = [size for tree in sizes for size in tree]
+        self._masks: dict[tuple[int, int], Tensor] = {}
+
+    def branch(self, prompt: int, tokens: int) -> Tensor:
+        """What a branch's queries see of prompt and branch: bool (tokens, prompt + tokens) or, on a GPU, a bias of
+        that meaning which kernels know without a mask."""
+        key = prompt, tokens
+        if key not in self._masks:
+            if self.device.type == "cpu":
+                self._masks[key] = torch.ones(tokens, prompt + tokens, dtype=torch.bool).tril(prompt)
+            else:
+                self._masks[key] = causal_lower_right(tokens, prompt + tokens)
+        return self._masks[key]
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    trees: TreeMasks | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers calls them: `query` (B, H, T, D), `key` and `value` (B, K, T, D), H a
+    multiple of K; returns (B, T, H, D).
+
+    With `trees` B is 1, and `attention_mask` is not looked at; without, it is transformers' sdpa.
+    """
+    if trees is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    repeats = query.shape[1] // key.shape[1]
+    if query.device.type != "cpu":  # GPU kernels take no grouped heads beside a bias
+        key, value, repeats = repeat_kv(key, repeats), repeat_kv(value, repeats), 1
+    options: dict[str, Any] = {"scale": scaling, "enable_gqa": repeats > 1}
+    pieces = zip(*(tensor.split(trees.pieces, dim=2) for tensor in (query, key, value)), strict=True)
+    found = []
+    for prompt, *branches in trees.sizes:
+        own, prompt_key, prompt_value = next(pieces)
+        found.append(scaled_dot_product_attention(own, prompt_key, prompt_value, is_causal=True, **options))
+        for tokens in branches:
+            own, own_key, own_value = next(pieces)
+            keys, values = torch.cat([prompt_key, own_key], dim=2), torch.cat([prompt_value, own_value], dim=2)
+            mask = trees.branch(prompt, tokens)
+            found.append(scaled_dot_product_attention(own, keys, values, attn_mask=mask, **options))
+    return torch.cat(found, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, tree_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # of rows; trees come with theirs
