@@ -33,7 +33,7 @@ class VllmEngine:
         from vllm.platforms import current_platform
 
         self._on_cpu: bool = current_platform.is_cpu()
-        settings = self._settings(path, config, max_model_len)
+        settings = engine_settings(path, config, max_model_len)
         if lora_rank is not None:
             allowed = [rank for rank in LORA_RANKS if rank >= lora_rank]
             if not allowed:
@@ -52,42 +52,6 @@ class VllmEngine:
         self.dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
         self.version = 0
 
-    def _settings(self, path: str, config: GeneratorConfig, max_model_len: int) -> dict[str, Any]:
-        from vllm.platforms import current_platform
-
-        dtype: str = config.dtype
-        if dtype == "auto":
-            # GPUs before Ampere have no bfloat16.
-            on_gpu = "bfloat16" if current_platform.has_device_capability(80) else "float16"
-            dtype = "float32" if self._on_cpu else on_gpu
-        settings: dict[str, Any] = {
-            "dtype": dtype,
-            "tensor_parallel_size": config.tensor_parallel,
-            "distributed_executor_backend": "uni" if config.tensor_parallel == 1 else "mp",
-            "max_model_len": max_model_len,
-            "max_num_seqs": config.max_num_seqs,
-            "enforce_eager": self._on_cpu if config.enforce_eager is None else config.enforce_eager,
-            "logprobs_mode": "raw_logprobs",
-            # Samples of one prompt share its prefill; the cache is emptied between chunks.
-            "enable_prefix_caching": True,
-            "worker_extension_cls": "actors.weight_sync.WeightSync",
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-        }
-        if self._on_cpu:
-            settings |= {
-                "kv_cache_memory_bytes": int(config.cpu_kv_cache_gib * GIB),
-                # vLLM's default on the CPU is 128; only whole blocks are shared, and prompts are often shorter.
-                "block_size": 32,
-                # Per-request seeds and prompts split over steps do not go together on the CPU ("CPU Generator
-                # does not use offset"): a prompt is always prefilled in one step.
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(2048, max_model_len, config.max_num_seqs),
-            }
-        else:
-            settings["gpu_memory_utilization"] = config.gpu_memory_utilization
-        return settings
-
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[dict[int, Group]]:
         """All responses to one chunk: {place among `requests`: group} as groups finish; {} after other steps."""
         from vllm.inputs import tokens_input
@@ -100,7 +64,7 @@ class VllmEngine:
         try:
             for number, (place, i) in enumerate(samples):
                 prompt = tokens_input(list(requests[place].prompt.token_ids))
-                params = _sampling_params(sampling, requests[place].seeds[i])
+                params = sampling_params(sampling, requests[place].seeds[i])
                 engine.add_request(str(number), prompt, params, lora_request=self._adapter)
                 unfinished.add(str(number))
             while unfinished:
@@ -173,7 +137,46 @@ class VllmEngine:
         self._llm.llm_engine.engine_core.shutdown()
 
 
-def _sampling_params(sampling: SamplingConfig, seed: int) -> SamplingParams:
+def engine_settings(path: str, config: GeneratorConfig, max_model_len: int) -> dict[str, Any]:
+    """What vLLM is started with, beside adapters."""
+    from vllm.platforms import current_platform
+
+    on_cpu: bool = current_platform.is_cpu()
+    dtype: str = config.dtype
+    if dtype == "auto":
+        # GPUs before Ampere have no bfloat16.
+        on_gpu = "bfloat16" if current_platform.has_device_capability(80) else "float16"
+        dtype = "float32" if on_cpu else on_gpu
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "tensor_parallel_size": config.tensor_parallel,
+        "distributed_executor_backend": "uni" if config.tensor_parallel == 1 else "mp",
+        "max_model_len": max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
+        "logprobs_mode": "raw_logprobs",
+        # Samples of one prompt share its prefill; the cache is emptied between chunks.
+        "enable_prefix_caching": True,
+        "worker_extension_cls": "actors.weight_sync.WeightSync",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if on_cpu:
+        settings |= {
+            "kv_cache_memory_bytes": int(config.cpu_kv_cache_gib * GIB),
+            # vLLM's default on the CPU is 128; only whole blocks are shared, and prompts are often shorter.
+            "block_size": 32,
+            # Per-request seeds and prompts split over steps do not go together on the CPU ("CPU Generator
+            # does not use offset"): a prompt is always prefilled in one step.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(2048, max_model_len, config.max_num_seqs),
+        }
+    else:
+        settings["gpu_memory_utilization"] = config.gpu_memory_utilization
+    return settings
+
+
+def sampling_params(sampling: SamplingConfig, seed: int) -> SamplingParams:
     """Every setting is given, so that none comes from the model's generation_config."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
