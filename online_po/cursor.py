@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from online_po.errors import ConfigError
+from online_po.sections import LoopConfig
 from online_po.seeds import stable_seed
 
 
@@ -92,3 +94,14 @@ class PromptCursor:
             late = np.isin(order, self._deferred)
             order = np.concatenate([order[~late], order[late]])
         return order
+
+
+def further_prompts(loop: LoopConfig, sampled: int, alike: int, available: int) -> int:
+    """How many prompts to sample beside the `sampled` ones of a round, of which so many have responses that are all
+    scored `alike`: as many as should give the missing groups, at the rate so far, within `loop.top_up` and what is
+    `available`."""
+    wanted, telling = loop.prompts_per_round, sampled - alike
+    most = min(available, int(wanted * (1 + loop.top_up)))
+    if telling >= wanted or sampled >= most:
+        return 0
+    return min(most - sampled, math.ceil((wanted - telling) * sampled / max(1, telling)))

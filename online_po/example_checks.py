@@ -51,6 +51,11 @@ def _check_labels(config: Config) -> None:
                 f"pairs.{name} is {value!r}, but loss.name: {loss} trains on single labelled responses, not on pairs; "
                 "drop it (section labels says how they are labelled)"
             )
+    if config.loop.top_up and config.labels.rule == "threshold":
+        raise ValueError(
+            f"loop.top_up is {config.loop.top_up:g}, but under labels.rule: threshold responses that are scored alike "
+            "are labelled too; drop it, or use another rule"
+        )
     if n < 2 and not _one_response_will_do(config):
         raise ValueError(
             f"loop.responses_per_prompt is {n}, but labels.rule: {config.labels.rule} compares the responses to a "
@@ -79,6 +84,10 @@ def _check_pairs(config: Config) -> None:
         raise ValueError(
             f"loss.name: {scored.name} needs scores, which pairs of pairs.strategy: spin do not have; choose another "
             "loss or strategy"
+        )
+    if pairs.strategy == "spin" and config.loop.top_up:
+        raise ValueError(
+            f"loop.top_up is {config.loop.top_up:g}, but of pairs.strategy: spin no pair depends on scores; drop it"
         )
     if pairs.strategy == "spin" and config.judge.length.used:
         raise ValueError("judge.length has no effect with pairs.strategy: spin, whose pairs no score decides; drop it")

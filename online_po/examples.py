@@ -157,13 +157,12 @@ class ExampleBuilder:
     def tables(self) -> Iterator[pa.Table]:
         """The round's own examples, a table a part."""
         config, ledger, rewards = self.config, self.ledger, self.rewards
-        size = config.generator.chunk_prompts
         length = config.judge.length
         if length.regress:
             parts = judged_parts(config, ledger, self.round, self.prompts)
             self.slope = length_slope(judged for part in parts for judged in part)
-        for part, begin in enumerate(range(0, len(self.prompts), size)):
-            groups = ledger.responses(self.round, part, self.prompts[begin : begin + size])
+        for part, places in enumerate(self.prompts.chunks(config.generator.chunk_prompts)):
+            groups = ledger.responses(self.round, part, self.prompts[places.start : places.stop])
             judged = list(zip(groups, ledger.judgements(self.round, part), strict=True))
             for group, judgement in judged:
                 # The judge's own scores: what it likes is seen there.

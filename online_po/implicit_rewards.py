@@ -38,15 +38,15 @@ def judged_parts(
     config: Config, ledger: Ledger, round_: int, prompts: PromptRows
 ) -> Iterator[list[tuple[Group, Judgement]]]:
     """The round's groups that have scores, part by part."""
-    size = config.generator.chunk_prompts
-    for part, begin in enumerate(range(0, len(prompts), size)):
-        groups = ledger.responses(round_, part, prompts[begin : begin + size])
+    for part, places in enumerate(prompts.chunks(config.generator.chunk_prompts)):
+        groups = ledger.responses(round_, part, prompts[places.start : places.stop])
         judged = zip(groups, ledger.judgements(round_, part), strict=True)
         yield [(group, judgement) for group, judgement in judged if judgement.scores is not None]
 
 
 def _sampling_version(parts: Parts, round_: int, prompts: PromptRows) -> int:
-    first = parts.ledger.responses(round_, 0, prompts[: parts.config.generator.chunk_prompts])[0]
+    places = prompts.chunks(parts.config.generator.chunk_prompts)[0]
+    first = parts.ledger.responses(round_, 0, prompts[places.start : places.stop])[0]
     return first.responses[0].policy_version
 
 

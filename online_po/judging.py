@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from online_po.errors import JudgeFailureRateError, LedgerError
+from online_po.levels import level
 from online_po.parts import Parts
 from online_po.types import Group, JudgeFailure, Judgement, Prompt
 
@@ -37,14 +38,18 @@ class _OpenPart:
 
 
 class Judging:
-    """The judgements of a round; `groups` is how many the round has.
+    """The judgements of a round.
 
     A context: left by an error or a stop, it writes what the judge has answered of parts whose responses are
     in the ledger, so that only the rest is asked again.
     """
 
-    def __init__(self, parts: Parts, round_: int, groups: int) -> None:
-        self.parts, self.round, self.groups = parts, round_, groups
+    def __init__(self, parts: Parts, round_: int) -> None:
+        self.parts, self.round = parts, round_
+        self.groups = 0
+        """How many the round has, as far as is known."""
+        self.alike = 0
+        """Those of whole parts whose responses all have the same score."""
         self.bound = MAX_CHUNKS_IN_JUDGING * parts.config.generator.chunk_prompts
         self.open: dict[int, _OpenPart] = {}
         self.asked: dict[Future[list[Judgement]], tuple[int, list[int]]] = {}
@@ -70,7 +75,9 @@ class Judging:
         stored = ledger.judgements(self.round, part) if ledger.has_judgements(self.round, part) else []
         known = {place: judgement for place, judgement in enumerate(stored) if not judgement.failure}
         self.judged += len(known)
-        if len(known) < len(prompts):
+        if len(known) == len(prompts):
+            self.alike += sum(map(is_alike, stored))
+        else:
             groups = enumerate(ledger.responses(self.round, part, prompts))
             self.open[part] = _OpenPart(size=len(prompts), judgements=known, unanswered=len(prompts) - len(known))
             self.submit(part, len(prompts), {place: group for place, group in groups if place not in known})
@@ -88,12 +95,15 @@ class Judging:
         while not self.answered.empty() or self.waiting >= self.bound:
             self._collect()
 
-    def finish(self) -> None:
-        """Waits for what is pending, and marks the round as judged. Raises JudgeFailureRateError, and Interrupted where
-        the run was asked to stop: parts may be missing then."""
+    def wait(self) -> None:
+        """Waits for what is pending. Raises JudgeFailureRateError, and Interrupted where the run was asked to stop:
+        parts may be missing then."""
         while self.asked:
             self._collect()
         self.parts.stop.check()
+
+    def finish(self) -> None:
+        """Marks the round as judged, after `wait`."""
         self.parts.ledger.write_judged(self.round, len(self.failures))
 
     def _collect(self) -> None:
@@ -111,6 +121,7 @@ class Judging:
         if self.open[part].unanswered == 0:
             judgements = self.open.pop(part).ordered()
             self.parts.ledger.write_judgements(self.round, part, judgements)
+            self.alike += sum(map(is_alike, judgements))
             self.failures.extend(judgement.failure for judgement in judgements if judgement.failure)
             # As soon as it is certain: a judge that always fails must not cost a round's generation.
             check_failure_rate(self.failures, self.groups, self.parts.config.judge.max_failure_rate, JUDGED_IS_KEPT)
@@ -136,6 +147,12 @@ class Judging:
         for part, judging in self.open.items():
             if len(judging.judgements) == judging.size and self.parts.ledger.has_responses(self.round, part):
                 self.parts.ledger.write_judgements(self.round, part, judging.ordered())
+
+
+def is_alike(judgement: Judgement) -> bool:
+    """Whether all responses have the same score, so that none of them is better than another."""
+    scores = judgement.scores
+    return scores is not None and len(set(level(scores, max(map(abs, scores))))) == 1
 
 
 def counted(kinds: Counter[str]) -> str:

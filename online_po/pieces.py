@@ -6,7 +6,7 @@ Every piece appears whole (`online_po.files`), and what reads one raises LedgerE
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -62,10 +62,13 @@ class Pieces:
     def round_dir(self, round_: int) -> Path:
         return self.root / "rounds" / f"{round_:06d}"
 
-    def write_prompts(self, round_: int, tables: Iterator[pa.Table], cursor: dict[str, Any]) -> None:
-        """The round's prompts in the order they are sampled, and the cursor's state after drawing them."""
+    def write_prompts(
+        self, round_: int, tables: Iterable[pa.Table], cursor: dict[str, Any], draws: Sequence[int] = ()
+    ) -> None:
+        """The round's prompts in the order they are sampled, and the cursor's state after drawing them. Where more are
+        drawn later, all are given again, with how many each time."""
         self.run_lock.require_held()
-        schema = PROMPT_SCHEMA.with_metadata({"cursor": json.dumps(cursor)})
+        schema = PROMPT_SCHEMA.with_metadata({"cursor": json.dumps(cursor), "draws": json.dumps(list(draws))})
         with files.parquet_writer(self.round_dir(round_) / "prompts.parquet", schema) as writer:
             for table in tables:
                 writer.write_table(table.replace_schema_metadata(schema.metadata))
@@ -74,7 +77,9 @@ class Pieces:
         return (self.round_dir(round_) / "prompts.parquet").exists()
 
     def prompts(self, round_: int) -> PromptRows:
-        return PromptRows(self._read(self.round_dir(round_) / "prompts.parquet"))
+        path = self.round_dir(round_) / "prompts.parquet"
+        # Runs of earlier versions drew all at once, and say nothing of it.
+        return PromptRows(self._read(path), json.loads(self._metadata(path).get(b"draws", b"[]")))
 
     def cursor(self, round_: int) -> dict[str, Any]:
         """The prompt cursor's state after drawing the round's prompts."""

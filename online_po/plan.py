@@ -276,7 +276,8 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
     """What a run needs at most."""
     loop, learner, generator = config.loop, config.learner, config.generator
     n = loop.responses_per_prompt
-    own = loop.prompts_per_round * _per_prompt(config)
+    prompts = int(loop.prompts_per_round * (1 + loop.top_up))
+    own = prompts * _per_prompt(config)
     examples = own + sum(wanted(own, config.pairs.replay_share, config.pairs.seed_share))
     weights = shape.parameters * BYTES[learner.param_dtype]
     # Full: weights, gradients, two moments, and a reference of its own unless it is the sampling policy.
@@ -293,7 +294,7 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
     # References of kept rounds beside their own policies: means, and one policy from before.
     references = {"ema": kept + 1, "kl": 1, "refresh": int(config.reference.every > 1)}.get(kind, 0)
     # Text, token ids and float32 logps, compressed: about 10 bytes a token.
-    data = loop.rounds * loop.prompts_per_round * n * generator.max_tokens * 10
+    data = loop.rounds * prompts * n * generator.max_tokens * 10
     # Two step checkpoints and one under way, which is a copy in the machine's memory until it is written.
     stepwise = saved if config.checkpoint.every_steps is not None else 0
     cache = generator.cpu_kv_cache_gib * GIB if on_cpu(config) and generator.engine == "vllm" else 0

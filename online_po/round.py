@@ -15,7 +15,7 @@ from itertools import chain
 from online_po.anchors import make_anchors, sampler_logps
 from online_po.betas import drifted, next_scale, round_betas
 from online_po.config import Config
-from online_po.cursor import PromptCursor
+from online_po.cursor import PromptCursor, further_prompts
 from online_po.errors import SyncError
 from online_po.examples import count_examples, make_examples
 from online_po.fail_points import fail_point
@@ -45,55 +45,75 @@ def sample_round(parts: Parts, round_: int) -> None:
     Raises JudgeFailureRateError if too many groups could not be judged; every judgement that could be
     had is kept, and a resumed run asks again for those that failed.
     """
-    ledger, observer = parts.ledger, parts.observer
-    if ledger.is_judged(round_):
+    if parts.ledger.is_judged(round_):
         return
-    prompts = draw_prompts(parts, round_)
-    size, attempt = parts.config.generator.chunk_prompts, ledger.attempt(round_)
-    numbers = range(-(-len(prompts) // size))
-    made = {part for part in numbers if ledger.has_responses(round_, part)}
+    prompts, first = draw_prompts(parts, round_), 0
+    with Judging(parts, round_) as judging:
+        while True:
+            with parts.phase("generate", round_):
+                sample_parts(parts, round_, prompts, first, judging)
+            with parts.phase("judge", round_):
+                judging.wait()
+            further = further_prompts(parts.config.loop, len(prompts), judging.alike, len(parts.train))
+            if further == 0:
+                break
+            parts.observer.message(
+                f"round {round_}: the responses to {judging.alike} of {len(prompts)} prompts are scored alike; "
+                f"{further} further prompts are sampled (loop.top_up)"
+            )
+            first = len(prompts.chunks(parts.config.generator.chunk_prompts))
+            prompts = draw_prompts(parts, round_, further)
+        judging.finish()
+
+
+def sample_parts(parts: Parts, round_: int, prompts: PromptRows, first: int, judging: Judging) -> None:
+    """Makes the responses of the parts from number `first` on, as far as the ledger has them not, and hands them to the
+    judge as they come."""
+    ledger, config, attempt = parts.ledger, parts.config, parts.ledger.attempt(round_)
+    chunks = dict(enumerate(prompts.chunks(config.generator.chunk_prompts)[first:], first))
+    made = {part for part in chunks if ledger.has_responses(round_, part)}
     unfinished: dict[int, dict[int, Group]] = defaultdict(dict)
 
     def chunk(part: int) -> Sequence[Prompt]:
-        return prompts[part * size : (part + 1) * size]
+        return prompts[chunks[part].start : chunks[part].stop]
 
     def missing() -> Iterator[tuple[int, list[Request]]]:
-        for part in numbers:
+        for part in chunks:
             parts.require_going_on()
             if parts.stop.asked:  # what is under way is finished, and judged
                 return
             if part not in made:
-                yield part, [request(parts.config, p, "sample", round_, attempt) for p in chunk(part)]
+                yield part, [request(config, p, "sample", round_, attempt) for p in chunk(part)]
 
-    with Judging(parts, round_, len(prompts)) as judging:
-        with parts.phase("generate", round_):
-            done = 0
-            for part in sorted(made):
-                judging.resume(part, chunk(part))
-                done += len(chunk(part))
-            for part, groups in parts.generator.generate(missing(), parts.config.generator):
-                unfinished[part] |= groups
-                of = min(size, len(prompts) - part * size)
-                if len(unfinished[part]) == of:
-                    ledger.write_responses(round_, part, [group for _, group in sorted(unfinished.pop(part).items())])
-                judging.submit(part, of, groups)
-                done += len(groups)
-                observer.progress("generate", done, len(prompts))
-        with parts.phase("judge", round_):
-            judging.finish()
+    done = len(prompts) - sum(map(len, chunks.values()))
+    judging.groups = len(prompts)
+    for part in sorted(made):
+        judging.resume(part, chunk(part))
+        done += len(chunks[part])
+    for part, groups in parts.generator.generate(missing(), config.generator):
+        unfinished[part] |= groups
+        if len(unfinished[part]) == len(chunks[part]):
+            ledger.write_responses(round_, part, [group for _, group in sorted(unfinished.pop(part).items())])
+        judging.submit(part, len(chunks[part]), groups)
+        done += len(groups)
+        parts.observer.progress("generate", done, len(prompts))
 
 
-def draw_prompts(parts: Parts, round_: int) -> PromptRows:
-    """The round's prompts, in sampling order: from the ledger, or drawn after the previous round's."""
+def draw_prompts(parts: Parts, round_: int, further: int = 0) -> PromptRows:
+    """The round's prompts, in sampling order: from the ledger, or drawn after the previous round's; and so many
+    `further` ones behind them."""
     ledger = parts.ledger
-    if not ledger.has_prompts(round_):
+    drawn = list(ledger.prompts(round_).draws) if ledger.has_prompts(round_) else []
+    if further or not drawn:
+        drawn.append(further or parts.config.loop.prompts_per_round)
         cursor = PromptCursor(len(parts.train), parts.config.run.seed)
         if round_ > 1:
             cursor.load_state_dict(ledger.cursor(round_ - 1))
-        indices = cursor.draw(parts.config.loop.prompts_per_round)
+        # A longer draw begins as a shorter one, and holds no prompt twice.
+        indices = cursor.draw(sum(drawn))
         batches = (indices[i : i + 4096] for i in range(0, len(indices), 4096))
         tables = (prompts_to_table(parts.train[i] for i in batch) for batch in batches)
-        ledger.write_prompts(round_, tables, cursor.state_dict())
+        ledger.write_prompts(round_, tables, cursor.state_dict(), drawn)
     return ledger.prompts(round_)
 
 

@@ -103,6 +103,13 @@ class LoopConfig(Section):
         64, ge=1, description="Prompts sampled in each round: thousands is iterative, one batch is fully online."
     )
     responses_per_prompt: int = Field(4, ge=1, description="Responses sampled for each prompt.")
+    top_up: float = Field(
+        0.0,
+        ge=0,
+        description="Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476): in place of prompts whose responses "
+        "are all scored alike further ones are sampled, at most so many times prompts_per_round. 0: a round trains on "
+        "what it gets.",
+    )
     max_staleness: int = Field(
         0,
         ge=0,

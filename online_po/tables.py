@@ -160,10 +160,21 @@ def prompts_to_table(prompts: Iterable[Prompt]) -> pa.Table:
 
 
 class PromptRows(Sequence[Prompt]):
-    """The rows of a PROMPT_SCHEMA table as prompts, each made when asked for."""
+    """The rows of a PROMPT_SCHEMA table as prompts, each made when asked for.
 
-    def __init__(self, table: pa.Table) -> None:
+    `draws`: how many of them were drawn at a time, where that was not all at once (`loop.top_up`)."""
+
+    def __init__(self, table: pa.Table, draws: Sequence[int] = ()) -> None:
         self.table = table.combine_chunks()
+        self.draws = tuple(draws) or (table.num_rows,)
+
+    def chunks(self, size: int) -> list[range]:
+        """Places of the prompts of each part: at most `size`, of one draw."""
+        found, begin = list[range](), 0
+        for drawn in self.draws:
+            found += [range(i, min(i + size, begin + drawn)) for i in range(begin, begin + drawn, size)]
+            begin += drawn
+        return found
 
     def __len__(self) -> int:
         return self.table.num_rows
