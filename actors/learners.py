@@ -153,6 +153,8 @@ class LearnerGroup:
             "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic matrix products on GPUs need
+            # Large tensors in large pages: each is mapped anew, and clearing small ones takes longer than filling them.
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         }
         if config.ray.address is None:
             # Left to themselves they listen where the host's name leads.
