@@ -6,8 +6,8 @@
 
 Each measurement is a process of its own on the same random token ids; they take turns, so that what else the machine
 does meets all of them. Optimizer steps of 8 pairs are timed after a first one; reference log-probabilities are there
-before, in all. A prompt has k responses, which make k / 2 pairs. TRL's DPOTrainer runs in float32 without gradient
-checkpointing (its fastest here), 8 pairs a device batch. Memory is the process's peak during the steps, weights and
+before, in all. A prompt has k responses, which make k / 2 pairs. TRL's DPOTrainer runs without gradient checkpointing
+(its fastest here), 8 pairs a device batch. Memory is the process's peak during the steps, weights and
 optimizer included.
 """
 
@@ -85,6 +85,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(task["threads"])
     pairs = pa.Table.from_pylist(task["pairs"], schema=PAIR_SCHEMA)
     settings = {"global_batch_size": PAIRS, "micro_batch_tokens": task["micro_batch_tokens"]}
+    settings["compute_dtype"] = task["dtype"]
     lora = {"rank": 16} if task["mode"] == "lora" else None
     config = LearnerConfig.model_validate(settings | {"lora": lora, "prefix_sharing": KINDS[task["kind"]]})
     model = ModelConfig.model_validate({"path": task["model"]})
@@ -145,6 +146,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=["full", "lora"], default=["full", "lora"])
     parser.add_argument("--steps", type=int, default=2, help="timed optimizer steps (%(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="processes of each kind (%(default)s)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the matrix work")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(%(default)s)")
     parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="learner.micro_batch_tokens (%(default)s)")
     parser.add_argument("--trl-python", default=sys.executable, help="a Python that has TRL")
@@ -170,6 +172,7 @@ def main() -> None:
                 "pairs": make_pairs(profile, args.steps + 1, vocabulary),
                 "batch": PAIRS,
                 "mode": mode,
+                "dtype": args.dtype,
                 "threads": args.threads,
                 "micro_batch_tokens": args.micro_batch_tokens,
             }

@@ -4,8 +4,8 @@
 
 Same model, prompts, judge (a Python function), two responses a prompt, token limits, temperature and optimizer batch.
 Ours runs fully online (a sync after each optimizer step, as TRL) and semi-online (after four); each round is committed
-to disk, which TRL does not do. TRL generates with transformers in the training process, without gradient checkpointing
-and in float32: what was fastest for it here. What is timed begins after a first round, or step.
+to disk, which TRL does not do. TRL generates with transformers in the training process, and trains without gradient
+checkpointing: what was fastest for it here. What is timed begins after a first round, or step.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def ours(task: dict[str, Any]) -> dict[str, float]:
                 "temperature": task["temperature"],
                 "max_tokens": task["max_tokens"],
                 "chunk_prompts": batch * steps,
+                "dtype": task["generator_dtype"],
             },
             "judge": {"kind": "python", "function": "bench_online:score"},
             "pairs": {"strategy": "best_worst"},
@@ -60,6 +61,7 @@ def ours(task: dict[str, Any]) -> dict[str, float]:
                 "global_batch_size": batch,
                 "micro_batch_tokens": task["micro_batch_tokens"],
                 "lora": {"rank": 16} if task["mode"] == "lora" else None,
+                "compute_dtype": task["dtype"],
             },
             "eval": {"every": 0},
         }
@@ -111,6 +113,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="pairs of an optimizer step (%(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="timed optimizer steps (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=64, help="of a response (%(default)s)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the learners")
+    parser.add_argument("--generator-dtype", choices=["float32", "bfloat16"], default="float32", help="of our engine")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(%(default)s)")
     parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="learner.micro_batch_tokens (%(default)s)")
     parser.add_argument("--trl-python", default=sys.executable, help="a Python that has TRL")
@@ -142,6 +146,8 @@ def main() -> None:
                     "temperature": 0.8,
                     "batch": args.batch,
                     "steps": args.steps,
+                    "dtype": args.dtype,
+                    "generator_dtype": args.generator_dtype,
                     "threads": args.threads,
                     "micro_batch_tokens": args.micro_batch_tokens,
                 }

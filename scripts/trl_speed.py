@@ -50,12 +50,12 @@ def adapter(mode: str) -> LoraConfig | None:
     return LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")
 
 
-def common(folder: str) -> dict[str, Any]:
-    """Settings of every trainer: float32 on the CPU, nothing recomputed, nothing logged or saved."""
+def common(folder: str, dtype: str) -> dict[str, Any]:
+    """Settings of every trainer: on the CPU, nothing recomputed, nothing logged or saved."""
     return {
         "output_dir": folder,
         "use_cpu": True,
-        "bf16": False,
+        "bf16": dtype == "bfloat16",
         "gradient_checkpointing": False,
         "report_to": [],
         "logging_strategy": "no",
@@ -82,7 +82,7 @@ def learn(task: dict[str, Any]) -> dict[str, Any]:
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         args = trl.DPOConfig(
-            **common(folder),
+            **common(folder, task["dtype"]),
             per_device_train_batch_size=task["batch"],
             num_train_epochs=1,
             learning_rate=1e-6,
@@ -122,7 +122,7 @@ def online(task: dict[str, Any]) -> dict[str, float]:
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         args = OnlineDPOConfig(
-            **common(folder) | {"max_length": task["prompt_tokens"] + task["max_tokens"]},
+            **common(folder, task["dtype"]) | {"max_length": task["prompt_tokens"] + task["max_tokens"]},
             per_device_train_batch_size=task["batch"],
             max_steps=steps,
             learning_rate=1e-6,
