@@ -52,10 +52,10 @@ def check_engine(config: Config) -> None:
     if config.generator.engine != "vllm":
         return
     lora = config.learner.lora
-    if lora is not None and lora.rank > LORA_RANKS[-1]:
+    if lora is not None and lora.rank > LORA_RANKS[-1] and config.generator.lora != "merged":
         raise ConfigError(
             f"learner.lora.rank is {lora.rank}, but vLLM takes at most {LORA_RANKS[-1]}; lower it, or set "
-            "generator.engine: transformers"
+            "generator.lora: merged"
         )
 
 

@@ -24,8 +24,8 @@ class VllmEngine:
     The text of a response is always the decoding of its token ids. A stop string ends a response behind the
     token that completes it, and is part of both.
 
-    `max_model_len`: prompt plus response tokens to allocate for. `lora_rank`: rank of the adapters that will
-    be loaded; None where policies are full weights. Raises EngineError if vLLM cannot start.
+    `max_model_len`: prompt plus response tokens to allocate for. `lora_rank`: rank of the adapters that will be loaded,
+    held as `GeneratorConfig.lora` says; None where policies are full weights. Raises EngineError if vLLM cannot start.
     """
 
     def __init__(self, path: str, config: GeneratorConfig, *, max_model_len: int, lora_rank: int | None) -> None:
@@ -34,11 +34,13 @@ class VllmEngine:
 
         self._on_cpu: bool = current_platform.is_cpu()
         settings = engine_settings(path, config, max_model_len)
-        if lora_rank is not None:
+        self._merges: bool = config.lora == "merged" or (config.lora == "auto" and self._on_cpu)
+        if lora_rank is not None and not self._merges:
             allowed = [rank for rank in LORA_RANKS if rank >= lora_rank]
             if not allowed:
                 raise EngineError(
-                    f"learner.lora.rank is {lora_rank}, but vLLM takes {LORA_RANKS[-1]} at most; lower it"
+                    f"learner.lora.rank is {lora_rank}, but vLLM takes {LORA_RANKS[-1]} at most; lower it, or set "
+                    "generator.lora: merged"
                 )
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": allowed[0]}
         try:
@@ -97,11 +99,14 @@ class VllmEngine:
 
     def load(self, policy: Policy) -> None:
         """Takes a policy's weights and forgets what was computed under the old ones."""
-        if policy.is_adapter:
+        if policy.is_adapter and not self._merges:
             self._load_adapter(policy)
+        elif policy.is_adapter:
+            self._llm.collective_rpc("load_merged", args=(str(policy.path),))
+            self._weights_path = str(policy.path)
         else:
             self._adapter = None
-            # With LoRA version 0 is the base model, which never changed.
+            # Beside adapters version 0 is the base model, which never changed.
             if str(policy.path) != self._start_path or self._weights_path != self._start_path:
                 self._llm.collective_rpc("load_policy", args=(str(policy.path),))
                 self._weights_path = str(policy.path)

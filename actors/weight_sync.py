@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -12,10 +13,25 @@ class WeightSync:
 
     def load_policy(self, path: str) -> None:
         """Replaces all weights by those of a Hugging Face folder on a disk this process sees."""
+        self.model_runner.reload_weights(weights_path=path)
+        self._renew_head()
+
+    def load_merged(self, adapter: str) -> None:
+        """Replaces all weights by the starting model's with the adapter of a folder added."""
+        from vllm.model_executor.model_loader import get_model_loader
+
+        from online_po.adapters import merged
+
+        runner = self.model_runner
+        loader: Any = get_model_loader(runner.vllm_config.load_config)
+        weights = loader.get_all_weights(runner.model_config, runner.get_model())
+        runner.reload_weights(weights_iterator=merged(weights, Path(adapter)))
+        self._renew_head()
+
+    def _renew_head(self) -> None:
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.platforms import current_platform
 
-        self.model_runner.reload_weights(weights_path=path)
         if not current_platform.is_cpu():
             return
         # On the CPU a layer's matrix multiplication is built from its weight when the weight is loaded. A

@@ -10,17 +10,22 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from online_po.errors import ConfigError
+from online_po.errors import ConfigError, OnlinePOError
+
+ADAPTER_FILE = "adapter_model.safetensors"
 
 ADAPTER = "default"
 """PEFT's name of the trained adapter; it is never the name of another one."""
@@ -99,6 +104,44 @@ def _linear(weight: nn.Parameter) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight
     return linear
+
+
+# -- added to the weights ----------------------------------------------------------------------------
+
+
+def merged(weights: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """A model's weights, by the names in its files, with the adapter of a folder added: W + scale B A, computed in
+    float32, in W's own type.
+
+    Raises OnlinePOError where the adapter is on anything but linear layers whose weights come by their own names."""
+    settings = PeftLoraConfig.from_pretrained(str(folder))
+    factors = {name.removeprefix("base_model.model."): t for name, t in load_file(folder / ADAPTER_FILE).items()}
+    left = {name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")}
+    odd = sorted(name for name in factors if name.rsplit(".lora_", 1)[0] not in left)
+    for name, weight in weights:
+        layer = name.removesuffix(".weight")
+        if layer in left and not odd:
+            a, b = (factors[f"{layer}.lora_{part}.weight"].float() for part in "AB")
+            left.remove(layer)
+            if weight.shape == (b.shape[0], a.shape[1]):
+                yield name, (weight.float() + _scale(settings, layer) * (b @ a)).to(weight.dtype)
+                continue
+            odd = [layer]
+        yield name, weight
+    if odd or left:
+        raise OnlinePOError(
+            f"the adapter in {str(folder)!r} cannot be added to the model's weights: nothing in the model's files is "
+            f"what {(odd or sorted(left))[0]!r} belongs to; set generator.lora: adapter"
+        )
+
+
+def _scale(settings: PeftLoraConfig, layer: str) -> float:
+    """alpha / r of a layer."""
+    alpha, rank = (
+        pattern.get(get_pattern_key(pattern.keys(), layer), value)
+        for pattern, value in ((settings.alpha_pattern, settings.lora_alpha), (settings.rank_pattern, settings.r))
+    )
+    return alpha / math.sqrt(rank) if settings.use_rslora else alpha / rank
 
 
 # -- means -----------------------------------------------------------------------------------------

@@ -314,7 +314,14 @@ class Config(Section):
                 "model": {"path", "revision"},
                 "prompts": {"path", "dataset", "subset", "split", "heldout_path"},
                 "pairs": {"seed_path"},
-                "generator": {"replicas", "threads", "gpu_memory_utilization", "cpu_kv_cache_gib", "sync_tolerance"}
+                "generator": {
+                    "replicas",
+                    "threads",
+                    "gpu_memory_utilization",
+                    "cpu_kv_cache_gib",
+                    "sync_tolerance",
+                    "lora",
+                }
                 # What is lowered where memory runs out: a run goes on with less. To a policy that judges, the context
                 # says which questions are too long.
                 | {"max_num_seqs"}

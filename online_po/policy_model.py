@@ -28,15 +28,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from online_po.adapters import adapter_config, require_known_layers
+from online_po.adapters import ADAPTER_FILE, adapter_config, require_known_layers
 from online_po.errors import ConfigError
 from online_po.logps import LogpModel
 from online_po.model_config import own_code, read_model_config
 from online_po.sections import LoraConfig, ModelConfig
 from online_po.seeds import stable_seed
-
-ADAPTER_FILE = "adapter_model.safetensors"
-
 
 # -- loading ---------------------------------------------------------------------------------------
 

@@ -170,6 +170,13 @@ class GeneratorConfig(SamplingConfig):
         None, description="Skip vLLM's compilation. null: true on CPU (starts minutes sooner), false on GPU."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of an engine. null: all cores / replicas.")
+    lora: Literal["auto", "adapter", "merged"] = Field(
+        "auto",
+        description="How vLLM holds a policy that is an adapter. adapter: beside the starting model's weights; a sync "
+        "moves the adapter alone. merged: added to them; a sync loads all weights, and sampling costs what it does "
+        "without an adapter. auto: merged on CPU, adapter on GPU. May be another one when a run goes on: responses "
+        "then differ as far as rounding does.",
+    )
     sync_tolerance: float | None = Field(
         None,
         gt=0,

@@ -14,8 +14,11 @@ PROMPT_IDS = tuple(range(20, 60))
 """Longer than one 32-token block of the KV cache, so that samples share prefix blocks."""
 
 
-def make_config(path: Path, *, lora: bool = False, **generator: Any) -> Config:
+def make_config(path: Path, *, lora: bool = False, adapters: str = "", **generator: Any) -> Config:
+    """`adapters`: for policies that are adapters, how the engine holds them (`generator.lora`)."""
     settings: dict[str, Any] = {"max_tokens": 24, "threads": 1, "max_num_seqs": 16, "dtype": "float32"}
+    if adapters:
+        settings["lora"] = adapters
     if generator.get("engine") != "transformers":
         settings["cpu_kv_cache_gib"] = 0.25
     return Config.parse(
@@ -24,7 +27,7 @@ def make_config(path: Path, *, lora: bool = False, **generator: Any) -> Config:
             "model": {"path": str(path)},
             "prompts": {"path": "prompts.jsonl", "heldout_size": 1, "max_tokens": 64},
             "generator": settings | generator,
-            "learner": {"lora": {"rank": 4} if lora else None},
+            "learner": {"lora": {"rank": 4} if lora or adapters else None},
         }
     )
 

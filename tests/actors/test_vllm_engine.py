@@ -159,10 +159,11 @@ def check_full_sync(group, base, other):
     assert by_chunk(group.generate(chunks(2), SAMPLING)) == before
 
 
-def test_adapters_change_and_go(tiny_model, tmp_path):
+@pytest.mark.parametrize("held", ["adapter", "merged"])
+def test_adapters_change_and_go(tiny_model, tmp_path, held):
     start = Policy(version=0, path=tiny_model)
     first, second = (make_adapter(tiny_model, tmp_path / str(seed), seed) for seed in (1, 2))
-    for group in started(make_config(tiny_model, lora=True)):
+    for group in started(make_config(tiny_model, adapters=held)):
         for policy in (start, first, second, start, second):
             (report,) = group.sync(policy, make_probe(policy, tiny_model))
             assert report.policy_version == policy.version and report.mean_logp_error < 1e-3

@@ -1,0 +1,78 @@
+"""An adapter added to a model's weights, name by name, is what PEFT makes of the two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from online_po.adapters import merged
+from online_po.errors import OnlinePOError
+
+
+def save_adapter(base: Path, folder: Path, **settings: Any) -> Path:
+    torch.manual_seed(1)
+    given: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **given))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def base_weights(base: Path) -> dict[str, Tensor]:
+    return load_file(base / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 1}},
+        {"use_rslora": True},
+    ],
+    ids=["all", "some", "patterns", "rslora"],
+)
+def test_it_is_what_peft_merges(tiny_model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    folder = save_adapter(tiny_model, tmp_path / "adapter", **settings)
+    base = base_weights(tiny_model)
+    found = dict(merged(base.items(), folder))
+    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), folder)
+    expected = model.merge_and_unload().state_dict()
+    assert found.keys() == base.keys()
+    changed = 0
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+        changed += not torch.equal(weight, base[name])
+    assert changed == (4 if "target_modules" in settings else 14)
+
+
+def test_weights_keep_their_type(tiny_model: Path, tmp_path: Path) -> None:
+    folder = save_adapter(tiny_model, tmp_path / "adapter")
+    base = {name: weight.bfloat16() for name, weight in base_weights(tiny_model).items()}
+    exact = dict(merged(((name, weight.float()) for name, weight in base.items()), folder))
+    for name, weight in merged(base.items(), folder):
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, exact[name].bfloat16())
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj", "embed_tokens"]])
+def test_what_cannot_be_added_is_named(tiny_model: Path, tmp_path: Path, targets: list[str]) -> None:
+    """With tied embeddings the head has no weight of its own in the file."""
+    folder = save_adapter(tiny_model, tmp_path / "adapter", target_modules=targets)
+    with pytest.raises(OnlinePOError, match=rf"'[\w.]*{targets[1]}[\w.]*' belongs to; set generator.lora: adapter"):
+        dict(merged(base_weights(tiny_model).items(), folder))
+
+
+def test_a_weight_of_another_shape_is_not_taken(tiny_model: Path, tmp_path: Path) -> None:
+    folder = save_adapter(tiny_model, tmp_path / "adapter")
+    weights = {name: weight[:-1] if "q_proj" in name else weight for name, weight in base_weights(tiny_model).items()}
+    with pytest.raises(OnlinePOError, match=r"q_proj.* belongs to"):
+        dict(merged(weights.items(), folder))
