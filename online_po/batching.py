@@ -32,6 +32,9 @@ COLUMNS = frozenset(
         "rejected_score",
         "preference_probability",
         "label",
+        "chosen_sampler_logp",
+        "rejected_sampler_logp",
+        "response_sampler_logp",
     )
 )
 """What the learner reads of a table of examples, as far as it is there."""
@@ -64,11 +67,9 @@ class Examples:
         self.prompt = TokenLists(table.column("prompt_token_ids"))
         self.responses = {side: TokenLists(table.column(f"{side}_token_ids")) for side in self.sides}
         self.values = {
-            name: table.column(name).to_numpy()
-            for name in ("chosen_score", "rejected_score", "preference_probability", "label")
-            if name in present
+            name: table.column(name).to_numpy() for name in present & COLUMNS if not name.endswith(("_id", "_ids"))
         }
-        """(N,) arrays of what labels the examples; a missing value is NaN."""
+        """(N,) arrays of what is known of the examples beside their tokens; a missing value is NaN."""
         self._table = table
 
     def __len__(self) -> int:

@@ -80,7 +80,7 @@ class TorchLearner:
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         self.model_config, self.config, self.losses = model, learner, losses
-        self.objective = Objective(losses)
+        self.objective = Objective(losses, learner.importance_cap)
         self.seed, self.rounds = seed, rounds
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -228,7 +228,7 @@ class TorchLearner:
         clipping. learning_rate. pairs, or labels with desirable and undesirable: examples of the step; tokens: their
         response tokens. micro_batch_tokens: where it is less than configured, as memory ran out in this step or
         before (the step was then made again from its beginning: the same but for rounding, and for what LoRA's
-        dropout leaves out). seconds.
+        dropout leaves out). importance_weight: mean, under importance_cap. seconds.
 
         Raises NonFiniteError, with the step not applied, where loss or gradients are not finite; with `skip_nonfinite`
         the step is left out instead, and its metrics are skipped: 1, the counts, learning_rate and seconds.

@@ -29,18 +29,25 @@ METRICS = (
     "kl_reference",
     "kl_start",
     "accuracy",
+    "importance_weight",
 )
 """Metrics of examples, in the order they are shown."""
 
+LENGTHS = {"chosen_logps": "chosen_lengths", "rejected_logps": "rejected_lengths", "logps": "lengths"}
+"""Of responses' log-probabilities, by name: what their tokens are called."""
+
 Values = Mapping[str, Tensor]
-"""Fields of `LossInputs` or `UnpairedInputs`, each (n,), for n examples."""
+"""Fields of `LossInputs` or `UnpairedInputs`, each (n,), for n examples. Under `importance_cap` also
+sampler_chosen_logps and so on, NaN where nobody knows them, and lengths."""
 
 
 class Objective:
-    """The losses of a run over the examples of a step. Raises ConfigError if a custom loss does not fit."""
+    """The losses of a run over the examples of a step. Raises ConfigError if a custom loss does not fit.
 
-    def __init__(self, losses: Sequence[LossBase]) -> None:
-        self.losses = losses
+    `importance_cap`: see `importance_weights`; None: every example counts the same."""
+
+    def __init__(self, losses: Sequence[LossBase], importance_cap: float | None = None) -> None:
+        self.losses, self.importance_cap = losses, importance_cap
         self.paired = losses[0].kind == "paired"
         self._sides = ("chosen_logps", "rejected_logps") if self.paired else ("logps",)
         self.names = tensor_names(losses)
@@ -80,8 +87,23 @@ class Objective:
         given = {name: value for name, value in values.items() if name in needed}
         shared = {name: some.new_tensor(mean) for name, mean in means.items()}
         if self.paired:
-            return pair_losses(self.losses, LossInputs(**given, **shared), betas)
-        return unpaired_losses(self.losses, UnpairedInputs(**given, **shared, kl=kl), betas)
+            losses = pair_losses(self.losses, LossInputs(**given, **shared), betas)
+        else:
+            losses = unpaired_losses(self.losses, UnpairedInputs(**given, **shared, kl=kl), betas)
+        return losses if self.importance_cap is None else losses * self.importance_weights(values)
+
+    @torch.no_grad()
+    def importance_weights(self, values: Values) -> Tensor:
+        """(n,) truncated importance weights: min(cap, exp of the mean over an example's responses of
+        log(pi / mu) / tokens), pi the policy and mu the one that sampled, by its own word.
+
+        The ratio of a whole response, which spans orders of magnitude, is taken per token as in GSPO (Zheng et al.
+        2025, arXiv 2507.18071, eq. 7), and truncated from above (Ionides 2008, "Truncated importance sampling").
+        A response whose sampler is not known (a given one) counts as sampled by the policy.
+        """
+        assert self.importance_cap is not None
+        ratios = [(values[name] - values[f"sampler_{name}"]) / values[LENGTHS[name]] for name in self._sides]
+        return torch.stack(ratios).nan_to_num(0.0).mean(0).exp().clamp(max=self.importance_cap)
 
     @staticmethod
     def kl(logps: Tensor, reference_logps: Tensor) -> Tensor:
@@ -119,6 +141,8 @@ class Objective:
         if start:
             drift = torch.stack([values[name].double() - start[name].double() for name in names])
             counted["kl_start"] = drift.mean(0).sum(), n
+        if self.importance_cap is not None:
+            counted["importance_weight"] = self.importance_weights(values).sum(), n
         table = torch.zeros(len(METRICS), 2, dtype=torch.float64, device=losses.device)
         for row, name in enumerate(METRICS):
             if name in counted:

@@ -38,6 +38,7 @@ TRAINING = (
     ("entropy", "Entropy", (("entropy", "entropy"),), None),
     ("grad_norm", "Gradient norm", (("grad_norm", "gradient norm"),), None),
     ("learning_rate", "Learning rate", (("learning_rate", "learning rate"),), ".1e"),
+    ("importance_weight", "Importance weight", (("importance_weight", "mean weight"),), None),
 )
 """(chart, title, (metric, label) of each line, number format)."""
 

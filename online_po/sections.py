@@ -232,6 +232,13 @@ class LearnerConfig(Section):
         "share their prompt. 1: pairs are shuffled singly.",
     )
     epochs: int = Field(1, ge=1, description="Passes over a round's pairs.")
+    importance_cap: float | None = Field(
+        None,
+        ge=1,
+        description="Weigh each pair's loss by how much likelier the policy finds its responses now than the one that "
+        "sampled them did, per token, and at most by this: truncated importance weights, for responses that are rounds "
+        "or steps old (loop.max_staleness). null: no weights.",
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="Recompute activations in backward: less memory, slower. May be another one when a run goes on: "

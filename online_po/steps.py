@@ -194,7 +194,11 @@ class Stepper:
         for name, values in (known.reference or {}).items():
             if name != MISMATCHED:
                 found[f"reference_{_field(name)}"] = tensor(values[rows])
+        if self.objective.importance_cap is not None:
+            for side in tokens.sides:
+                found[f"sampler_{_field(side)}"] = tensor(tokens.values[f"{side}_sampler_logp"][rows])
         if not self.objective.paired:
+            found["lengths"] = tensor(tokens.lengths("response")[rows])
             return found | {"desirable": tensor(tokens.values["label"][rows]).bool()}
         for side in tokens.sides:
             found[f"{side}_lengths"] = tensor(tokens.lengths(side)[rows])
