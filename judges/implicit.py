@@ -195,6 +195,7 @@ class ImplicitScorer:
         from judges.reward_scorer import default_batch_tokens, device_and_dtype
         from online_po.logps import LogpModel
         from online_po.policy_model import load_causal_lm
+        from online_po.prefix_sharing import Sharing, share_prompts
         from online_po.scoring import Scoring
         from online_po.sections import LearnerConfig, ModelConfig
 
@@ -203,18 +204,24 @@ class ImplicitScorer:
         self._adapted: Any = None
         self._adapters = tuple(folder != base for folder, base in zip(files.folders, files.bases, strict=True))
         models: list[LogpModel] = []
+        sharings: list[Sharing] = []
         for name, base in zip(NAMES, files.bases, strict=True):
             if models and files.bases[0] == files.bases[1]:
                 models.append(models[0])
+                sharings.append(sharings[0])
                 continue
             files_of = ModelConfig(path=str(base))  # type: ignore[call-arg]
             model = load_causal_lm(files_of, dtype, f"judge.{name}")
+            sharings.append(share_prompts(model))
             models.append(LogpModel(model.to(device)))
         for name, folder, adapter in zip(NAMES, files.folders, self._adapters, strict=True):
             if adapter:
                 self._add(models[0], folder, name)
         settings = LearnerConfig(micro_batch_tokens=self.batch_tokens)  # type: ignore[call-arg]
-        self._scoring = tuple(Scoring(model.eval(), settings, device, with_prefix=False) for model in models)
+        self._scoring = tuple(
+            Scoring(model.eval(), settings, device, with_prefix=False, longest_shared=sharing.longest)
+            for model, sharing in zip(models, sharings, strict=True)
+        )
         self._no_grad = torch.no_grad
 
     def _add(self, model: LogpModel, folder: Path, name: str) -> None:
