@@ -12,10 +12,12 @@ import pytest
 import ray
 
 from actors.learners import LearnerGroup
+from actors.supervision import Supervisor
 from make_tiny_model import make_tiny_model
 from online_po.config import Config
 from online_po.errors import ConfigError, LearnerLostError, NonFiniteError, OnlinePOError
 from online_po.types import Policy
+from tests.fakes import FakeObserver
 from tests.learner_setup import collect_logps, make_pairs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("cluster")]
@@ -76,6 +78,18 @@ def test_one_rank_and_two_do_the_same_work(model: Path, tmp_path: Path) -> None:
         for name in ("loss", "margin", "grad_norm", "entropy", "tokens", "pairs", "kl_start"):
             assert other[name] == pytest.approx(step[name], rel=1e-4, abs=2e-5), name
     assert two["probe"] == pytest.approx(one["probe"], abs=2e-5)
+
+
+def test_it_is_told_where_prompts_are_not_shared(model: Path) -> None:
+    config = make_config(model)
+    for attention, told in (("sdpa", []), ("eager", ["model.attention is eager"])):
+        source = config.model.model_copy(update={"attention": attention})
+        asked, observer = config.model_copy(update={"model": source}), FakeObserver()
+        group = LearnerGroup(asked, Supervisor(asked, observer))
+        group.ready(120)
+        group.close()
+        found = [text for text in observer.messages if "learner.prefix_sharing" in text]
+        assert len(found) == len(told) and all(why in text for why, text in zip(told, found, strict=True))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
