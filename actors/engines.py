@@ -12,6 +12,7 @@ from online_po.config import Config
 from online_po.errors import ConfigError
 from online_po.judge_configs import Ensemble, JudgeBase, RewardModel, self_judges
 from online_po.model_config import read_model_config
+from online_po.plan import on_cpu
 from online_po.sections import SamplingConfig
 from online_po.types import Group, Policy, Request
 
@@ -52,7 +53,7 @@ def check_engine(config: Config) -> None:
     if config.generator.engine != "vllm":
         return
     lora = config.learner.lora
-    if lora is not None and lora.rank > LORA_RANKS[-1] and config.generator.lora != "merged":
+    if lora is not None and lora.rank > LORA_RANKS[-1] and not config.generator.merges(on_cpu(config)):
         raise ConfigError(
             f"learner.lora.rank is {lora.rank}, but vLLM takes at most {LORA_RANKS[-1]}; lower it, or set "
             "generator.lora: merged"

@@ -34,7 +34,7 @@ class VllmEngine:
 
         self._on_cpu: bool = current_platform.is_cpu()
         settings = engine_settings(path, config, max_model_len)
-        self._merges: bool = config.lora == "merged" or (config.lora == "auto" and self._on_cpu)
+        self._merges: bool = config.merges(self._on_cpu)
         if lora_rank is not None and not self._merges:
             allowed = [rank for rank in LORA_RANKS if rank >= lora_rank]
             if not allowed:

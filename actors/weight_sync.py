@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class WeightSync:
 
         runner = self.model_runner
         loader: Any = get_model_loader(runner.vllm_config.load_config)
-        weights = loader.get_all_weights(runner.model_config, runner.get_model())
+        weights = partial(loader.get_all_weights, runner.model_config, runner.get_model())
         runner.reload_weights(weights_iterator=merged(weights, Path(adapter)))
         self._renew_head()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -109,30 +109,28 @@ def _linear(weight: nn.Parameter) -> nn.Linear:
 # -- added to the weights ----------------------------------------------------------------------------
 
 
-def merged(weights: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """A model's weights, by the names in its files, with the adapter of a folder added: W + scale B A, computed in
-    float32, in W's own type.
+def merged(weights: Callable[[], Iterable[tuple[str, Tensor]]], folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """A model's weights, by the names in its files, with the adapter of a folder added: W + scale B A in float32, where
+    W may be less (rounded to bfloat16, small updates would be lost). `weights`: read twice, as files are.
 
-    Raises OnlinePOError where the adapter is on anything but linear layers whose weights come by their own names."""
+    Raises OnlinePOError, before it gives any, where the adapter is on anything but linear layers whose weights come by
+    their own names."""
     settings = PeftLoraConfig.from_pretrained(str(folder))
     factors = {name.removeprefix("base_model.model."): t for name, t in load_file(folder / ADAPTER_FILE).items()}
-    left = {name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")}
-    odd = sorted(name for name in factors if name.rsplit(".lora_", 1)[0] not in left)
-    for name, weight in weights:
-        layer = name.removesuffix(".weight")
-        if layer in left and not odd:
+    layers = {name.rsplit(".lora_", 1)[0] for name in factors}
+    shapes = {name.removesuffix(".weight"): weight.shape for name, weight in weights()}
+    for layer in sorted(layers):
+        a, b = (factors.get(f"{layer}.lora_{part}.weight") for part in "AB")
+        if a is None or b is None or shapes.get(layer) != (b.shape[0], a.shape[1]):
+            raise OnlinePOError(
+                f"the adapter in {str(folder)!r} cannot be added to the model's weights: nothing in the model's files "
+                f"is what {layer!r} belongs to; set generator.lora: adapter"
+            )
+    for name, weight in weights():
+        if (layer := name.removesuffix(".weight")) in layers:
             a, b = (factors[f"{layer}.lora_{part}.weight"].float() for part in "AB")
-            left.remove(layer)
-            if weight.shape == (b.shape[0], a.shape[1]):
-                yield name, (weight.float() + _scale(settings, layer) * (b @ a)).to(weight.dtype)
-                continue
-            odd = [layer]
+            weight = weight.float() + _scale(settings, layer) * (b @ a)
         yield name, weight
-    if odd or left:
-        raise OnlinePOError(
-            f"the adapter in {str(folder)!r} cannot be added to the model's weights: nothing in the model's files is "
-            f"what {(odd or sorted(left))[0]!r} belongs to; set generator.lora: adapter"
-        )
 
 
 def _scale(settings: PeftLoraConfig, layer: str) -> float:

@@ -231,7 +231,7 @@ class Config(Section):
     def _refuse_inert(self) -> None:
         """A setting that would be ignored beside another one is refused, not ignored."""
         evaluation = ("responses_per_prompt", "temperature", "bootstrap_samples", "early_stop")
-        vllm_only = ("cpu_kv_cache_gib", "gpu_memory_utilization", "enforce_eager")
+        vllm_only = ("cpu_kv_cache_gib", "gpu_memory_utilization", "enforce_eager", "lora")
         rules = [
             (self.pairs.strategy != "top_bottom_k", "pairs", ("k",), "pairs.strategy: top_bottom_k"),
             (self.labels.rule != "top_bottom", "labels", ("share",), "labels.rule: top_bottom"),
@@ -242,6 +242,7 @@ class Config(Section):
                 "another judge.kind, or in a member",
             ),
             (self.generator.engine != "vllm", "generator", vllm_only, "generator.engine: vllm"),
+            (self.learner.lora is None, "generator", ("lora",), "learner.lora"),
             (self.learner.schedule == "constant", "learner", ("min_lr_ratio",), "another learner.schedule"),
             (self.eval.every == 0, "eval", evaluation, "eval.every above 0"),
         ]

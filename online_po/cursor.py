@@ -101,7 +101,7 @@ def further_prompts(loop: LoopConfig, sampled: int, alike: int, available: int) 
     scored `alike`: as many as should give the missing groups, at the rate so far, within `loop.top_up` and what is
     `available`."""
     wanted, telling = loop.prompts_per_round, sampled - alike
-    most = min(available, int(wanted * (1 + loop.top_up)))
+    most = min(available, loop.most_prompts)
     if telling >= wanted or sampled >= most:
         return 0
     return min(most - sampled, math.ceil((wanted - telling) * sampled / max(1, telling)))

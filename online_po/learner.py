@@ -422,10 +422,10 @@ class TorchLearner:
         wanted = {**of, "format": STATE_VERSION}
         if any(state.get(name) != value for name, value in wanted.items()):
             holds, needs = (", ".join(f"{name} {which.get(name)}" for name in wanted) for which in (state, wanted))
-            raise OnlinePOError(
-                f"{str(folder)!r} holds the state of {holds}, not of {needs}; give the folders of one round, written "
-                "by this version"
-            )
+            remedy = "give the folders of one round, written by this version"
+            if "step" in of:
+                remedy = f"delete {str(folder.parent)!r} and resume, the round's update then begins anew"
+            raise OnlinePOError(f"{str(folder)!r} holds the state of {holds}, not of {needs}; {remedy}")
         read_optimizer(folder / OPTIMIZER_FILE, self.optimizer, self._trained(), self._tick)
         self.objective.means = state["means"]
         # What was lowered stays so; the setting may be another one now.

@@ -86,7 +86,8 @@ def _run_after(
 
     def sample(round_: int) -> None:
         version = max(0, round_ - 1 - staleness)
-        if round_ > last_round(config, ledger):
+        # Where sampling the round before failed, nobody knows yet which prompts come after it (`loop.top_up`).
+        if round_ > last_round(config, ledger) or not (round_ == 1 or ledger.is_judged(round_ - 1)):
             return
         parts.stop.check()
         require_room(ledger, round_, parts.expected)

@@ -99,11 +99,14 @@ class Objective:
 
         The ratio of a whole response, which spans orders of magnitude, is taken per token as in GSPO (Zheng et al.
         2025, arXiv 2507.18071, eq. 7), and truncated from above (Ionides 2008, "Truncated importance sampling").
-        A response whose sampler is not known (a given one) counts as sampled by the policy.
+        A response whose sampler is not known (a given one) counts as sampled by the policy, with a ratio of 1.
         """
         assert self.importance_cap is not None
-        ratios = [(values[name] - values[f"sampler_{name}"]) / values[LENGTHS[name]] for name in self._sides]
-        return torch.stack(ratios).nan_to_num(0.0).mean(0).exp().clamp(max=self.importance_cap)
+        ratios = []
+        for name in self._sides:
+            sampler, tokens = values[f"sampler_{name}"], values[LENGTHS[name]]
+            ratios.append(((values[name] - sampler) / tokens).masked_fill(sampler.isnan() | (tokens == 0), 0.0))
+        return torch.stack(ratios).mean(0).exp().clamp(max=self.importance_cap)
 
     @staticmethod
     def kl(logps: Tensor, reference_logps: Tensor) -> Tensor:

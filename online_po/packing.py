@@ -34,6 +34,10 @@ class MicroBatch:
     """For each tree the tokens of its prompt, then of each branch; they sum to T. None: plain."""
 
 
+ATTENDED = 4
+"""A branch's attention holds its prompt's keys and values once more: so many tokens attended to count as one."""
+
+
 @dataclass(kw_only=True, slots=True)
 class _Tree:
     """A prompt and the distinct responses to it."""
@@ -41,18 +45,22 @@ class _Tree:
     prompt: np.ndarray
     responses: dict[bytes, np.ndarray] = field(default_factory=dict)
 
-    def grown(self, responses: Sequence[np.ndarray]) -> int:
-        """Tokens of the tree with some more responses."""
-        more = {r.tobytes(): r for r in responses}
-        return self.tokens + sum(branch_tokens(r) for name, r in more.items() if name not in self.responses)
-
     def grow(self, responses: Sequence[np.ndarray]) -> None:
         for response in responses:
             self.responses.setdefault(response.tobytes(), response)
 
+    def grown(self, responses: Sequence[np.ndarray]) -> _Tree:
+        """Another tree, with some more responses."""
+        more = _Tree(prompt=self.prompt, responses=dict(self.responses))
+        more.grow(responses)
+        return more
+
     @property
     def tokens(self) -> int:
-        return len(self.prompt) + sum(map(branch_tokens, self.responses.values()))
+        """What the tree counts for: its tokens, or a share of those that its branches attend to, if that is more."""
+        branches = [branch_tokens(response) for response in self.responses.values()]
+        attended = sum(len(self.prompt) + tokens for tokens in branches if tokens)
+        return max(len(self.prompt) + sum(branches), -(-attended // ATTENDED))
 
 
 def branch_tokens(response: np.ndarray) -> int:
@@ -69,8 +77,9 @@ def rank_plans(
     """For each rank its micro-batches of `rows`, of which `sides` go through the model: the same number for every
     rank, some maybe empty.
 
-    A micro-batch has at most `token_limit` tokens, padding included; an example that is longer by itself goes alone.
-    The largest come first and are dealt out like cards, so that ranks have equal work and little padding.
+    A micro-batch has at most `token_limit` tokens, padding included, and where prompts are shared its branches attend
+    to at most `ATTENDED` times as many; an example that is longer by itself goes alone. The largest come first and are
+    dealt out like cards, so that ranks have equal work and little padding.
     """
     cut = _shared_plan if shared else _plain_plan
     plans = cut(examples, rows, sides, ranks, token_limit)
@@ -98,7 +107,7 @@ def _plain_plan(
 def _shared_plan(
     examples: Examples, rows: np.ndarray, sides: Sequence[str], ranks: int, token_limit: int
 ) -> list[list[np.ndarray]]:
-    pieces = _pieces(examples, rows, sides, token_limit, ranks)
+    pieces = _pieces(examples, rows, sides, token_limit)
     pieces.sort(key=lambda piece: -piece[1])  # stable
     plans = []
     for rank in range(ranks):
@@ -114,7 +123,7 @@ def _shared_plan(
 
 
 def _pieces(
-    examples: Examples, rows: np.ndarray, sides: Sequence[str], token_limit: int, ranks: int
+    examples: Examples, rows: np.ndarray, sides: Sequence[str], token_limit: int
 ) -> list[tuple[np.ndarray, int]]:
     """(rows of one prompt, tokens of their tree): prompts whole as far as the limit allows."""
     groups = examples.prompt_groups[rows]
@@ -125,7 +134,7 @@ def _pieces(
         tree, piece = _Tree(prompt=examples.prompt[int(same[0])]), list[int]()
         for row in same.tolist():
             responses = [examples.sequence(side, row)[1] for side in sides]
-            if piece and tree.grown(responses) > token_limit:
+            if piece and tree.grown(responses).tokens > token_limit:
                 found.append((np.array(piece), tree.tokens))
                 tree, piece = _Tree(prompt=tree.prompt), []
             tree.grow(responses)
@@ -135,7 +144,7 @@ def _pieces(
 
 
 def batch_tokens(examples: Examples, rows: np.ndarray, sides: Sequence[str], *, shared: bool) -> int:
-    """Tokens of the micro-batch of some rows, padding included."""
+    """What the micro-batch of some rows counts for: its tokens, padding included, or a share of those attended to."""
     if shared:
         return sum(tree.tokens for tree in _trees(examples, rows, sides)[0])
     return len(sides) * len(rows) * int(examples.widths(sides)[rows].max())

@@ -276,8 +276,7 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
     """What a run needs at most."""
     loop, learner, generator = config.loop, config.learner, config.generator
     n = loop.responses_per_prompt
-    prompts = int(loop.prompts_per_round * (1 + loop.top_up))
-    own = prompts * _per_prompt(config)
+    own = loop.most_prompts * _per_prompt(config)
     examples = own + sum(wanted(own, config.pairs.replay_share, config.pairs.seed_share))
     weights = shape.parameters * BYTES[learner.param_dtype]
     # Full: weights, gradients, two moments, and a reference of its own unless it is the sampling policy.
@@ -294,7 +293,7 @@ def estimate(config: Config, shape: ModelShape) -> Estimate:
     # References of kept rounds beside their own policies: means, and one policy from before.
     references = {"ema": kept + 1, "kl": 1, "refresh": int(config.reference.every > 1)}.get(kind, 0)
     # Text, token ids and float32 logps, compressed: about 10 bytes a token.
-    data = loop.rounds * prompts * n * generator.max_tokens * 10
+    data = loop.rounds * loop.most_prompts * n * generator.max_tokens * 10
     # Two step checkpoints and one under way, which is a copy in the machine's memory until it is written.
     stepwise = saved if config.checkpoint.every_steps is not None else 0
     cache = generator.cpu_kv_cache_gib * GIB if on_cpu(config) and generator.engine == "vllm" else 0
@@ -334,6 +333,7 @@ def _figures(
 ) -> dict[str, str]:
     loop, n = config.loop, config.loop.responses_per_prompt
     responses = loop.prompts_per_round * n
+    most = f" (with loop.top_up up to {loop.most_prompts * n:,})" if loop.most_prompts > loop.prompts_per_round else ""
     held = f"{len(heldout):,} held out" if heldout is not None else "none held out"
     epochs = loop.rounds * loop.prompts_per_round / len(train)
     mix = f", {config.pairs.replay_share:.0%} of them of earlier rounds" if config.pairs.replay_share else ""
@@ -350,7 +350,8 @@ def _figures(
         **(_left_out("held-out prompts", heldout.counts) if heldout is not None else {}),
         **(_left_out("seed pairs left out", seed_pairs.counts) if seed_pairs is not None else {}),
         "rounds": f"{loop.rounds} of {loop.prompts_per_round:,} prompts x {n} responses ({epochs:.2f} epochs)",
-        "responses": f"{responses:,} a round, up to {responses * config.generator.max_tokens:,} tokens",
+        "responses": f"{responses:,} a round{most}, up to {loop.most_prompts * n * config.generator.max_tokens:,} "
+        "tokens",
         config.example_kind: f"up to {need.examples:,} a round: {need.steps:,} optimizer steps, "
         f"{need.steps * loop.rounds:,} in all{mix}",
         "learner memory": f"about {need.learner / GIB:.1f} GiB a rank (of {config.learner.ranks}), and activations",

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
 
 from online_po.batching import PAIR_SIDES, Examples
+from online_po.errors import first_line
 from online_po.logps import LogpModel
 from online_po.packing import collate
+from online_po.policy_model import decoder_layers
 from online_po.scoring import score
 from online_po.tree_attention import ATTENTION
 
+DUST, SHARE = 3e-6, 1e-4
+"""On its trial a token may differ by `DUST` nats, and by so much of what it would differ if branches saw each other."""
 TRIAL_TOKENS = [([5, 3], [4, 7], [9, 2]), ([1, 1], [1, 6], [3, 1])]
 """Of the trial's two passes: tokens of the prompts, the chosen and the rejected responses."""
 
@@ -38,8 +48,8 @@ class Sharing:
 def share_prompts(model: PreTrainedModel) -> Sharing:
     """Makes a model know shared prompts, where it computes the same with them.
 
-    Tried, not trusted: random tokens go through both ways. A model that differs is left as it was. It is meant for a
-    model that is still on the CPU.
+    Tried, not trusted: random tokens go through both ways, in float32. A model that differs is left as it was. It is
+    meant for a model that is still on the CPU.
     """
     own = model.config._attn_implementation
     if own != "sdpa":
@@ -49,13 +59,14 @@ def share_prompts(model: PreTrainedModel) -> Sharing:
         return Sharing(why_not=bound)
     try:
         model.set_attn_implementation(ATTENTION)
-        error = _trial(model)
-    except (TypeError, ValueError, RuntimeError) as failure:  # a model that takes no such attention, or none of these
-        error, reason = math.nan, f"{type(model).__name__} does not take them ({failure})"
+        with _layers_in_float32(model):
+            error, effect = _trial(model)
+    except Exception as failure:  # whatever a model raises that takes no such attention, it can go on with plain rows
+        reason = f"{type(model).__name__} does not take them ({type(failure).__name__}: {first_line(failure)})"
     else:
+        if error <= DUST + SHARE * effect:  # False where either is NaN
+            return Sharing(longest=longest, why_not=bound)
         reason = f"{type(model).__name__} computes something else with them (log-probabilities differ by {error:.2g})"
-    if error <= (1e-4 if model.dtype == torch.float32 else 0.2):
-        return Sharing(longest=longest, why_not=bound)
     model.set_attn_implementation(own)
     return Sharing(why_not=reason)
 
@@ -80,11 +91,38 @@ def window_of(config: PretrainedConfig) -> tuple[float, str | None]:
     return min(bounds, default=(math.inf, None))
 
 
+@contextmanager
+def _layers_in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block each decoder layer computes in float32, one at a time: rounding would hide what differs."""
+
+    def widen(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layer.float()
+        return tree_map_only(Tensor, _widened, (args, kwargs))
+
+    def narrow(layer: nn.Module, _inputs: Any, _output: Any) -> None:
+        layer.to(dtype)
+
+    dtype, handles = model.dtype, list[RemovableHandle]()
+    for layer in decoder_layers(model) if dtype != torch.float32 else ():
+        handles.append(layer.register_forward_pre_hook(widen, with_kwargs=True))
+        handles.append(layer.register_forward_hook(narrow))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
 @torch.no_grad()
-def _trial(model: PreTrainedModel) -> float:
-    """By how many nats a token's log-probability differs at most between shared prompts and plain rows."""
+def _trial(model: PreTrainedModel) -> tuple[float, float]:
+    """By how many nats a token's log-probability differs at most between shared prompts and plain rows; and where all
+    trees are one sequence, whose tokens see everything before them."""
     vocabulary = model.config.get_text_config().vocab_size
-    rng, scorer, errors = np.random.default_rng(0), LogpModel(model), list[float]()
+    rng, scorer, errors, effects = np.random.default_rng(0), LogpModel(model), list[float](), list[float]()
     for lengths in TRIAL_TOKENS:
         names = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
         columns = {
@@ -93,9 +131,9 @@ def _trial(model: PreTrainedModel) -> float:
         }
         # Each prompt with two pairs, so that a tree has several branches.
         examples = Examples(pa.concat_tables([pa.table(columns), pa.table(columns | {names[1]: columns[names[2]]})]))
-        found, expected = (
-            torch.cat(score(scorer, collate(examples, np.arange(4), PAIR_SIDES, shared=shared), model.device).logps)
-            for shared in (True, False)
-        )
+        trees, rows = (collate(examples, np.arange(4), PAIR_SIDES, shared=shared) for shared in (True, False))
+        chained = replace(trees, trees=None)
+        found, expected, leaking = (torch.cat(score(scorer, b, model.device).logps) for b in (trees, rows, chained))
         errors.append((found - expected).abs().max().item())
-    return float(np.max(errors))
+        effects.append((leaking - expected).abs().max().item())
+    return float(np.max(errors)), float(np.max(effects))

@@ -48,11 +48,13 @@ def score(
     arrays = (batch.input_ids, batch.positions, batch.targets)
     ids, positions, targets = (torch.from_numpy(array).to(device) for array in arrays)
     places = None if batch.position_ids is None else torch.from_numpy(batch.position_ids).to(device)
-    found = model(ids, positions, targets, with_entropy, with_collision, position_ids=places, trees=trees)
+    asked_for = with_entropy, with_collision
+    found = model(ids, positions, targets, *asked_for, position_ids=places, trees=trees)
     if batch.which.size == 0:
         return Scored(logps=[found[0] * 0.0], entropies=[], collisions=[])
-    parts = [list(values.split(batch.lengths.tolist())) if len(values) else [] for values in found]
-    logps, entropies, collisions = ([one[i] for i in batch.which.flatten()] if one else [] for one in parts)
+    sizes, which = batch.lengths.tolist(), batch.which.flatten().tolist()
+    parts = [values.split(sizes) if asked else () for values, asked in zip(found, (True, *asked_for), strict=True)]
+    logps, entropies, collisions = ([one[i] for i in which] if one else [] for one in parts)
     return Scored(logps=logps, entropies=entropies, collisions=collisions)
 
 

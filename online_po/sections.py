@@ -5,6 +5,7 @@ Every field is read by something. Imports neither torch nor ray.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Annotated, Literal
 
@@ -118,6 +119,11 @@ class LoopConfig(Section):
         "generated while round k trains, by weights exactly so many rounds old (fewer in the first rounds).",
     )
 
+    @property
+    def most_prompts(self) -> int:
+        """Prompts that a round samples at most."""
+        return self.prompts_per_round + math.floor(self.top_up * self.prompts_per_round + 1e-9)
+
 
 class SamplingConfig(Section):
     """How responses are drawn."""
@@ -184,6 +190,10 @@ class GeneratorConfig(SamplingConfig):
         "probe tokens. null: 1e-3 where engine and learner compute in float32, else 0.15.",
     )
 
+    def merges(self, on_cpu: bool) -> bool:
+        """Whether the engine adds adapters to its weights."""
+        return self.lora == "merged" or (self.lora == "auto" and on_cpu)
+
 
 class LoraConfig(Section):
     """Low-rank adapters (LoRA, Hu et al. 2021); without this section all weights are trained."""
@@ -216,14 +226,15 @@ class LearnerConfig(Section):
         4096,
         ge=1,
         description="Tokens in one forward pass of one rank, padding included; longer single pairs go alone. May be "
-        "another one when a run goes on: results then differ in rounding. What was halved for want of memory stays the "
-        "most.",
+        "another one when a run goes on: results then differ in rounding, and in what LoRA's dropout leaves out. What "
+        "was halved for want of memory stays the most.",
     )
     prefix_sharing: bool = Field(
         True,
         description="A prompt and all responses to it go through the model once, without padding, where the model "
         "computes the same so (it is tried at the start, and said where not); false: each response with its own "
-        "prompt. May be another one when a run goes on: results then differ in rounding at most.",
+        "prompt. May be another one when a run goes on: results then differ in rounding, and in what LoRA's dropout "
+        "leaves out.",
     )
     examples_together: int = Field(
         4,

@@ -30,7 +30,8 @@ class TreeMasks:
     """
 
     def __init__(self, sizes: Sequence[Sequence[int]], device: torch.device) -> None:
-        self.sizes, self.device = sizes, device
+        self.sizes = sizes
+        self.as_bias = device.type != "cpu"
         self.pieces = [size for tree in sizes for size in tree]
         self._masks: dict[tuple[int, int], Tensor] = {}
 
@@ -39,10 +40,10 @@ class TreeMasks:
         that meaning which kernels know without a mask."""
         key = prompt, tokens
         if key not in self._masks:
-            if self.device.type == "cpu":
-                self._masks[key] = torch.ones(tokens, prompt + tokens, dtype=torch.bool).tril(prompt)
-            else:
+            if self.as_bias:
                 self._masks[key] = causal_lower_right(tokens, prompt + tokens)
+            else:
+                self._masks[key] = torch.ones(tokens, prompt + tokens, dtype=torch.bool).tril(prompt)
         return self._masks[key]
 
 
@@ -67,8 +68,11 @@ def tree_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     repeats = query.shape[1] // key.shape[1]
-    if query.device.type != "cpu":  # GPU kernels take no grouped heads beside a bias
-        key, value, repeats = repeat_kv(key, repeats), repeat_kv(value, repeats), 1
+    if trees.as_bias:  # such kernels take no grouped heads, and nothing casts for them
+        kind = query.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+        query, key, value = query.to(dtype), repeat_kv(key, repeats).to(dtype), repeat_kv(value, repeats).to(dtype)
+        repeats = 1
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": repeats > 1}
     pieces = zip(*(tensor.split(trees.pieces, dim=2) for tensor in (query, key, value)), strict=True)
     found = []

@@ -29,9 +29,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    RecurrentGemmaConfig,
 )
 
-from online_po import prefix_sharing
+from online_po import prefix_sharing, scoring
 from online_po.batching import PAIR_SIDES, Examples
 from online_po.learner import TorchLearner
 from online_po.logps import LogpModel
@@ -230,10 +231,35 @@ def test_bfloat16_is_near(tiny_model: Path) -> None:
         np.testing.assert_allclose(found[0][side], values, atol=0.5)
 
 
-def test_gpus_get_the_same_mask_as_a_bias() -> None:
-    cpu, gpu = (TreeMasks([(5, 3)], torch.device(device)) for device in ("cpu", "cuda"))
-    for prompt, tokens in ((5, 3), (1, 1), (1, 7), (9, 2)):
-        assert torch.equal(gpu.branch(prompt, tokens)._materialize(torch.device("cpu")), cpu.branch(prompt, tokens))  # type: ignore[attr-defined]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_with_the_bias_that_gpus_get_it_is_the_same(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Which the CPU knows too; under autocast rotary embeddings leave queries and keys in float32."""
+    model = make_model(CONFIGS["qwen3"]())
+    share_prompts(model)
+    batch, cpu = collate(Examples(pairs_of_prompts()), np.arange(12), PAIR_SIDES, shared=True), torch.device("cpu")
+    found = []
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(
+            scoring, "TreeMasks", lambda sizes, _, device=device: TreeMasks(sizes, torch.device(device))
+        )
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            found.append(torch.cat(score(LogpModel(model), batch, cpu).logps))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5 if dtype == "float32" else 0.5)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_empty_responses_have_nothing_to_say(shared: bool) -> None:
+    model = make_model(CONFIGS["llama"]())
+    share_prompts(model)
+    rows = [([5, 6], [], []), ([5, 6], [], [7, 8])]
+    names = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+    examples = Examples(pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows], schema=PAIR_SCHEMA))
+    for several in (np.arange(1), np.arange(2)):
+        batch = collate(examples, several, PAIR_SIDES, shared=shared)
+        scored = score(LogpModel(model), batch, torch.device("cpu"), with_entropy=True, with_collision=True)
+        sizes = [len(examples.sequence(side, row)[1]) for side in PAIR_SIDES for row in several]
+        for values in (scored.logps, scored.entropies, scored.collisions):
+            assert [len(value) for value in values] == sizes
 
 
 # -- where it is not the same ----------------------------------------------------------------------
@@ -294,11 +320,37 @@ def test_a_window_that_is_too_short_for_the_trial() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_model_with_convolutions_is_found_out() -> None:
-    kinds = ["conv", "full_attention"]
-    model = make_model(Lfm2Config(**{k: v for k, v in SHAPE.items() if k != "head_dim"}, layer_types=kinds))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["convolutions", "recurrent"])
+def test_a_model_that_looks_back_otherwise_is_found_out(kind: str, dtype: torch.dtype) -> None:
+    """Also where weights are so small that it hardly shows."""
+    small = {k: v for k, v in SHAPE.items() if k != "head_dim"} | {"initializer_range": 0.02}
+    config: PretrainedConfig = Lfm2Config(**small, layer_types=["conv", "full_attention"])
+    if kind == "recurrent":
+        config = RecurrentGemmaConfig(**small | {"num_hidden_layers": 3}, lru_width=64, attention_window_size=32)
+    model = make_model(config).to(dtype)
     sharing = share_prompts(model)
     assert sharing.longest == 0 and "computes something else with them" in str(sharing)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_in_bfloat16_is_tried_in_float32_and_left_as_it_was() -> None:
+    model = make_model(CONFIGS["qwen3"]()).bfloat16()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert share_prompts(model).longest == float("inf")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_that_takes_no_trees_goes_on_without() -> None:
+    model = make_model(CONFIGS["llama"]())
+
+    def refuses(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        assert "trees" not in kwargs, "what is this?"
+
+    handle = model.model.layers[0].register_forward_pre_hook(refuses, with_kwargs=True)
+    assert "does not take them (AssertionError: what is this?)" in str(share_prompts(model))
+    handle.remove()
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -340,7 +392,7 @@ def test_longer_sequences_go_as_plain_rows(tmp_path: Path) -> None:
     assert sharing == Sharing(longest=20, why_not="its attention slides over windows of 20 tokens")
     assert str(sharing).startswith("learner.prefix_sharing: responses beyond 20 tokens do not share")
     examples = Examples(pairs_of_prompts(8, 3))
-    scoring = Scoring(
+    sharing_one = Scoring(
         LogpModel(model), learner_config(), torch.device("cpu"), with_prefix=False, longest_shared=sharing.longest
     )
     plain = Scoring(
@@ -352,9 +404,9 @@ def test_longer_sequences_go_as_plain_rows(tmp_path: Path) -> None:
     widths = examples.widths(PAIR_SIDES)
     short, every = np.flatnonzero(widths <= 20), np.arange(24)
     assert 0 < len(short) < 24
-    assert scoring.shares(examples, short, PAIR_SIDES) and not scoring.shares(examples, every, PAIR_SIDES)
+    assert sharing_one.shares(examples, short, PAIR_SIDES) and not sharing_one.shares(examples, every, PAIR_SIDES)
     for rows in (short, every):
-        found, expected = (one.collect(examples, rows, PAIR_SIDES) for one in (scoring, plain))
+        found, expected = (one.collect(examples, rows, PAIR_SIDES) for one in (sharing_one, plain))
         for side in PAIR_SIDES:
             torch.testing.assert_close(found[side], expected[side], rtol=1e-5, atol=1e-5)
 

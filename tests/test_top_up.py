@@ -17,6 +17,7 @@ from online_po.sections import LoopConfig
 from online_po.tables import PromptRows, prompts_to_table
 from online_po.types import Group, JudgeFailure, Judgement
 from tests.fakes import FakeGenerator, FakeJudge, make_config, make_prompts
+from tests.kills import Killed, killed_at, memory_folder
 from tests.test_loop import content, make_parts
 
 
@@ -97,6 +98,25 @@ def test_a_run_that_was_stopped_has_the_same_rounds(tmp_path: Path, stop: int) -
     again = make(tmp_path / "stopped")
     run_rounds(again)
     assert content(again.ledger.root) == content(whole.ledger.root)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_killed_anywhere_it_has_the_same_rounds(staleness: int) -> None:
+    """At every fifth fail point, also between what the judge said and the prompts that are drawn for it."""
+    with memory_folder() as folder:
+        options: dict[str, Any] = {"max_staleness": staleness}
+        whole = make(folder / "whole", **options)
+        with killed_at(None) as points:
+            run_rounds(whole)
+        assert any(len(whole.ledger.prompts(round_).draws) > 1 for round_ in (1, 2))
+        for place in range(1, len(points), 5):
+            parts = make(folder / str(place), **options)
+            with pytest.raises(Killed), killed_at(place):
+                run_rounds(parts)
+            parts.sampler.shutdown()
+            again = make(folder / str(place), **options)
+            run_rounds(again)
+            assert content(again.ledger.root) == content(whole.ledger.root), points[place - 1]
 
 
 def test_what_the_judge_could_not_judge_is_not_made_up_for(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import ray
 import torch
+from safetensors.torch import load_file, save_file
 
 from actors.generators import GeneratorGroup
 from actors.vllm_engine import _explain
@@ -159,8 +162,13 @@ def check_full_sync(group, base, other):
     assert by_chunk(group.generate(chunks(2), SAMPLING)) == before
 
 
-@pytest.mark.parametrize("held", ["adapter", "merged"])
-def test_adapters_change_and_go(tiny_model, tmp_path, held):
+@pytest.mark.parametrize(("held", "dtype"), [("adapter", "float32"), ("merged", "float32"), ("merged", "bfloat16")])
+def test_adapters_change_and_go(tiny_model, tmp_path, held, dtype):
+    if dtype != "float32":  # of the files; the engine computes in float32
+        tiny_model = shutil.copytree(tiny_model, tmp_path / "base")
+        weights = load_file(tiny_model / "model.safetensors")
+        halves = {name: weight.to(getattr(torch, dtype)) for name, weight in weights.items()}
+        save_file(halves, tiny_model / "model.safetensors", {"format": "pt"})
     start = Policy(version=0, path=tiny_model)
     first, second = (make_adapter(tiny_model, tmp_path / str(seed), seed) for seed in (1, 2))
     for group in started(make_config(tiny_model, adapters=held)):
