@@ -153,11 +153,17 @@ def test_vllm_that_is_not_installed_is_a_config_error(tiny_model, monkeypatch):
     check_engine(make_config(tiny_model, engine="transformers"))
 
 
-def test_a_rank_that_vllm_does_not_take_is_a_config_error(tiny_model):
+def wide_adapter(tiny_model, how):
     config = make_config(tiny_model, lora=True)
     wide = config.learner.model_copy(update={"lora": config.learner.lora.model_copy(update={"rank": 600})})
-    with pytest.raises(ConfigError, match=r"learner\.lora\.rank is 600"):
-        check_engine(config.model_copy(update={"learner": wide}))
+    generator = config.generator.model_copy(update={"lora": how})
+    return config.model_copy(update={"learner": wide, "generator": generator})
+
+
+def test_a_rank_that_vllm_does_not_take_is_a_config_error(tiny_model):
+    with pytest.raises(ConfigError, match=r"learner\.lora\.rank is 600.*generator\.lora: merged"):
+        check_engine(wide_adapter(tiny_model, "adapter"))
+    check_engine(wide_adapter(tiny_model, "merged"))
 
 
 def test_replicas_share_the_cores(tiny_model):
