@@ -24,6 +24,7 @@ from judges.asking import Asker
 from judges.calls import describe
 from judges.runtime import build_judge, close_judge, judge_groups, remembers, shown
 from judges.store import JudgeStore, disown, prepare, release
+from online_po import cpu
 from online_po.config import Config
 from online_po.errors import BudgetError, EngineError, OnlinePOError
 from online_po.judge_configs import JudgeBase
@@ -256,6 +257,8 @@ class _JudgeWorker:
         # constructor: an error there would reach the driver as text only.
         if self._cache is not None:
             self._store = JudgeStore(self._cache, self._owner)
+        if self._config.holds_model:
+            await asyncio.to_thread(cpu.use_onednn_products)  # this process does nothing else
         self._asker = Asker(self._config, self._store, workers=self._config.workers)
         self._judge: Any = await asyncio.to_thread(
             build_judge, self._config, self._asker, make_scorer=load_reward_model

@@ -17,6 +17,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors import cluster
 from actors.supervision import PULSE_GROUP, Progress, Pulse, Supervisor, death
+from online_po import cpu
 from online_po.batching import COLUMNS
 from online_po.config import Config
 from online_po.errors import (
@@ -68,6 +69,7 @@ class _Rank:
 
         # This process does nothing else, so it may set what holds for the whole process.
         torch.set_num_threads(self.threads)
+        cpu.use_onednn_products()
         if torch.cuda.is_available():
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -147,14 +149,8 @@ class LearnerGroup:
         self._place = cluster.placement(config)
         self._threads = config.learner.threads or max(1, cluster.cores() // config.learner.ranks)
         environment = {
-            "OMP_NUM_THREADS": str(self._threads),
-            "MKL_NUM_THREADS": str(self._threads),
-            # Idle threads sleep instead of spinning: an engine may run on the same cores.
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "TOKENIZERS_PARALLELISM": "false",
+            **cpu.variables(self._threads),
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic matrix products on GPUs need
-            # Large tensors in large pages: each is mapped anew, and clearing small ones takes longer than filling them.
-            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         }
         if config.ray.address is None:
             # Left to themselves they listen where the host's name leads.

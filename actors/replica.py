@@ -10,6 +10,7 @@ import ray
 from actors import cluster
 from actors.engines import Engine, check_engine, make_engine
 from actors.supervision import Progress, Pulse
+from online_po import cpu
 from online_po.config import Config
 from online_po.errors import EngineError, OnlinePOError, SyncError, is_out_of_memory
 from online_po.sections import SamplingConfig
@@ -49,6 +50,7 @@ class GeneratorReplica:
     def _start(self) -> None:
         config = self._config
         check_engine(config)
+        cpu.use_onednn_products()  # this process does nothing else
         try:
             self._engine = make_engine(config)
         except EngineError as error:

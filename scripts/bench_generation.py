@@ -46,6 +46,7 @@ def make_config(task: dict[str, Any]) -> Any:
             },
             "judge": {"kind": "rules"},
             "loss": {"name": "sigmoid"},
+            "eval": {"every": 0},
         }
     )
 

@@ -172,6 +172,16 @@ def test_replicas_share_the_cores(tiny_model):
     assert environment(make_config(tiny_model, threads=7), 8)["OMP_NUM_THREADS"] == "7"
 
 
+def test_nothing_is_compiled_where_engines_are_eager(tiny_model, monkeypatch):
+    for on_cpu in (True, False):
+        monkeypatch.setattr("actors.engines.on_cpu", lambda config, on_cpu=on_cpu: on_cpu)
+        for eager in (None, True, False):
+            config = make_config(tiny_model)
+            generator = config.generator.model_copy(update={"enforce_eager": eager})
+            found = environment(config.model_copy(update={"generator": generator}), 2)
+            assert ("TORCH_COMPILE_DISABLE" in found) == (on_cpu and eager is not False)
+
+
 def test_the_engine_takes_the_threads_it_is_given(pair):
     def threads(_):
         import torch
