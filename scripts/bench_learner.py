@@ -7,8 +7,9 @@
 Each measurement is a process of its own on the same random token ids; they take turns, so that what else the machine
 does meets all of them. Optimizer steps of 8 pairs are timed after a first one; reference log-probabilities are there
 before, in all. A prompt has k responses, which make k / 2 pairs. TRL's DPOTrainer runs without gradient checkpointing
-(its fastest here), 8 pairs a device batch. Memory is the process's peak during the steps, weights and
-optimizer included.
+(its fastest here), 8 pairs a device batch: once as its users start it, once in a process that has what our ranks'
+processes have (`online_po.cpu`: allocator, matrix products). Memory is the process's peak during the steps, weights
+and optimizer included.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ SHAPES = {
 }
 PROFILES = ["equal_2", *(f"{shape}_{k}" for shape in ("short_prompt", "long_prompt", "mixed") for k in (2, 4, 8))]
 KINDS = {"shared": True, "plain": False}
+TRL = ("trl", "trl tuned")
+"""As its users start it, and in a process like ours."""
 
 
 def make_pairs(profile: str, steps: int, vocabulary: int) -> list[dict[str, list[int]]]:
@@ -76,6 +79,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
     import pyarrow as pa
     import torch
 
+    from online_po import cpu
     from online_po.learner import TorchLearner
     from online_po.loss_configs import LOSS_BY_NAME
     from online_po.sections import LearnerConfig, ModelConfig
@@ -83,6 +87,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
     from online_po.types import Policy
 
     torch.set_num_threads(task["threads"])
+    cpu.use_onednn_products()
     pairs = pa.Table.from_pylist(task["pairs"], schema=PAIR_SCHEMA)
     settings = {"global_batch_size": PAIRS, "micro_batch_tokens": task["micro_batch_tokens"]}
     settings["compute_dtype"] = task["dtype"]
@@ -104,13 +109,27 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def process_settings(kind: str, threads: int) -> dict[str, str]:
+    """Variables of a process that measures."""
+    from online_po import cpu
+
+    if kind == "trl":
+        return {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return cpu.variables(threads)
+
+
+def faster_trl(rows: list[dict[str, Any]], rate: str) -> dict[str, Any] | None:
+    """The faster of TRL's rows; None where it did not run."""
+    return max((row for row in rows if row["kind"] in TRL), key=lambda row: row[rate], default=None)
+
+
 def measure(task: dict[str, Any], python: str, folder: Path) -> dict[str, Any]:
     """A measurement in a process of its own."""
     (folder / "task.json").write_text(json.dumps(task))
-    script = Path(__file__).with_name("trl_speed.py") if task["kind"] == "trl" else Path(__file__)
-    threads = {name: str(task["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    script = Path(__file__).with_name("trl_speed.py") if task["kind"] in TRL else Path(__file__)
+    settings = {"HF_HUB_OFFLINE": "1"} | process_settings(task["kind"], task["threads"])
     command = [python, str(script), "--task", str(folder / "task.json"), "--out", str(folder / "found.json")]
-    done = subprocess.run(command, env=os.environ | threads | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return json.loads((folder / "found.json").read_text())
@@ -121,11 +140,11 @@ def has_trl(python: str) -> bool:
 
 
 def show(figures: list[dict[str, Any]]) -> Table:
-    """Each kind beside the last one of its profile: TRL, where it ran."""
+    """Each kind beside the faster TRL of its profile, where it ran, else beside plain rows."""
     table = Table("profile", "mode", "", "response tokens/s", "speed", "peak, GiB", "memory")
     for row in figures:
         others = [r for r in figures if (r["profile"], r["mode"]) == (row["profile"], row["mode"])]
-        base = others[-1]
+        base = faster_trl(others, "tokens_per_s") or others[-1]
         table.add_row(
             row["profile"],
             row["mode"],
@@ -134,7 +153,7 @@ def show(figures: list[dict[str, Any]]) -> Table:
             f"{row['tokens_per_s'] / base['tokens_per_s']:.2f}x",
             f"{row['peak_gib']:.2f}",
             f"{row['peak_gib'] / base['peak_gib']:.2f}x",
-            end_section=row is base,
+            end_section=row is others[-1],
         )
     return table
 
@@ -162,7 +181,7 @@ def main() -> None:
     vocabulary = json.loads((args.model / "config.json").read_text())["vocab_size"]
     kinds = {"shared": sys.executable, "plain": sys.executable}
     if has_trl(args.trl_python):
-        kinds["trl"] = args.trl_python
+        kinds |= dict.fromkeys(TRL, args.trl_python)
     cases = [(profile, mode) for profile in args.profiles for mode in args.modes]
     figures, console = list[dict[str, Any]](), Console()
     with tempfile.TemporaryDirectory() as folder:

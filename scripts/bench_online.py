@@ -5,7 +5,8 @@
 Same model, prompts, judge (a Python function), two responses a prompt, token limits, temperature and optimizer batch.
 Ours runs fully online (a sync after each optimizer step, as TRL) and semi-online (after four); each round is committed
 to disk, which TRL does not do. TRL generates with transformers in the training process, and trains without gradient
-checkpointing: what was fastest for it here. What is timed begins after a first round, or step.
+checkpointing: what was fastest for it here; once as its users start it, once in a process that has what our learners'
+processes have (`online_po.cpu`: allocator, matrix products). What is timed begins after a first round, or step.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from rich.console import Console
 from rich.table import Table
+
+from bench_learner import TRL, faster_trl, process_settings
 
 KINDS = {"online": 1, "semi-online": 4}
 """Optimizer steps between syncs."""
@@ -79,11 +82,11 @@ def ours(task: dict[str, Any]) -> dict[str, float]:
 def measure(task: dict[str, Any], python: str, folder: Path) -> dict[str, float]:
     """A measurement in a process of its own."""
     (folder / "task.json").write_text(json.dumps(task))
-    script = Path(__file__).with_name("trl_speed.py") if task["kind"] == "trl" else Path(__file__)
+    script = Path(__file__).with_name("trl_speed.py") if task["kind"] in TRL else Path(__file__)
     scripts = str(Path(__file__).parent.absolute())
     settings = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([scripts, os.environ.get("PYTHONPATH", "")])}
-    if task["kind"] == "trl":
-        settings |= {name: str(task["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    if task["kind"] in TRL:
+        settings |= process_settings(task["kind"], task["threads"])
     command = [python, str(script), "--task", str(folder / "task.json"), "--out", str(folder / "found.json")]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     if done.returncode:
@@ -94,8 +97,8 @@ def measure(task: dict[str, Any], python: str, folder: Path) -> dict[str, float]
 def show(figures: list[dict[str, Any]]) -> Table:
     table = Table("mode", "", "pairs", "seconds", "pairs/s", "against TRL", "seconds by phase")
     for row in figures:
-        others = [r for r in figures if r["mode"] == row["mode"] and r["kind"] == "trl"]
-        ratio = f"{row['pairs_per_s'] / others[0]['pairs_per_s']:.2f}x" if others else ""
+        base = faster_trl([r for r in figures if r["mode"] == row["mode"]], "pairs_per_s")
+        ratio = f"{row['pairs_per_s'] / base['pairs_per_s']:.2f}x" if base is not None else ""
         phases = ", ".join(
             f"{name[:-2]} {row[name]:.1f}" for name in row if name.endswith("_s") and name[:5] != "pairs"
         )
@@ -108,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of the model")
     parser.add_argument("--prompts", type=Path, help="JSONL with a column prompt; default: the quickstart's")
-    parser.add_argument("--kinds", nargs="+", choices=["trl", *KINDS], default=["trl", *KINDS])
+    parser.add_argument("--kinds", nargs="+", choices=[*TRL, *KINDS], default=[*TRL, *KINDS])
     parser.add_argument("--modes", nargs="+", choices=["full", "lora"], default=["full", "lora"])
     parser.add_argument("--batch", type=int, default=16, help="pairs of an optimizer step (%(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="timed optimizer steps (%(default)s)")
@@ -153,7 +156,7 @@ def main() -> None:
                 }
                 began = time.perf_counter()
                 with console.status(f"{mode}, {kind}"):
-                    found = measure(task, args.trl_python if kind == "trl" else sys.executable, Path(folder))
+                    found = measure(task, args.trl_python if kind in TRL else sys.executable, Path(folder))
                 figures.append({"mode": mode, "kind": kind, "pairs_per_s": found["pairs"] / found["seconds"], **found})
                 console.print(f"{mode}, {kind}: {time.perf_counter() - began:.0f} s in all")
                 if args.json:

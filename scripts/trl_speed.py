@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from bench_learner import peak_gib, reset_peak
 from bench_online import score
+from online_po import cpu
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # TRL's, of vLLM versions
@@ -150,6 +151,8 @@ def main() -> None:
     args = parser.parse_args()
     task = json.loads(args.task.read_text())
     torch.set_num_threads(task["threads"])
+    if task["kind"] == "trl tuned":
+        cpu.use_onednn_products()
     transformers_logging.set_verbosity_error()
     disable_progress_bars()
     args.out.write_text(json.dumps(learn(task) if "pairs" in task else online(task)))
