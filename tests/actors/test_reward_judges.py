@@ -89,7 +89,10 @@ def test_each_process_has_its_own_copy(pools, model):
     (pool,) = pools({"path": str(model), "workers": 2})
     futures = [pool.submit([group]) for group in GROUPS]
     own = asyncio.run(judge_groups(build_judge(make_config(kind="reward_model", path=str(model)).judge), GROUPS))
-    assert [future.result(60)[0].scores for future in futures] == [judgement.scores for judgement in own]
+    found = [future.result(60)[0] for future in futures]
+    # Matrix products may be another library's there (`online_po.cpu`).
+    for one, other in zip(found, own, strict=True):
+        assert one.failure is None and one.scores == pytest.approx(other.scores, abs=1e-4)
 
 
 def test_a_model_that_does_not_load_is_the_user_s_error(pools, model, tmp_path):
