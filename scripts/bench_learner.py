@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of the model")
     parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=PROFILES, help="default: all")
     parser.add_argument("--modes", nargs="+", choices=["full", "lora"], default=["full", "lora"])
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS, *TRL], default=[*KINDS, *TRL], help="default: all")
     parser.add_argument("--steps", type=int, default=2, help="timed optimizer steps (%(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="processes of each kind (%(default)s)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the matrix work")
@@ -179,9 +180,9 @@ def main() -> None:
     if args.model is None:
         parser.error("--model is needed: a folder that transformers loads")
     vocabulary = json.loads((args.model / "config.json").read_text())["vocab_size"]
-    kinds = {"shared": sys.executable, "plain": sys.executable}
-    if has_trl(args.trl_python):
-        kinds |= dict.fromkeys(TRL, args.trl_python)
+    with_trl = has_trl(args.trl_python)
+    pythons = dict.fromkeys(KINDS, sys.executable) | (dict.fromkeys(TRL, args.trl_python) if with_trl else {})
+    kinds = {kind: python for kind, python in pythons.items() if kind in args.kinds}
     cases = [(profile, mode) for profile in args.profiles for mode in args.modes]
     figures, console = list[dict[str, Any]](), Console()
     with tempfile.TemporaryDirectory() as folder:
