@@ -38,11 +38,12 @@ def use_onednn_products() -> bool:
 
     torch leaves them to MKL, whose kernels do half of the work per second there (docs/performance.md). It takes
     oneDNN's where bfloat16 is allowed inside ("medium"), which oneDNN makes use of only with AMX units: without them
-    its products are float32 as any. That is tried here, not trusted; where it is otherwise nothing is changed.
+    its products are float32 as any. That is tried here, not trusted; where it is otherwise nothing is changed. Torch's
+    GPU builds are left alone: asking whether there is a GPU would keep vLLM from forking.
     """
     import torch
 
-    if torch.cuda.is_available() or not made_by_amd():
+    if torch.backends.cuda.is_built() or not made_by_amd():
         return False
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
