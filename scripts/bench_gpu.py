@@ -210,6 +210,8 @@ def main() -> None:
         task = json.loads(args.task.read_text())
         args.out.write_text(json.dumps(learn(task) if task else matrix_peak()))
         return
+    if odd := [k for k in args.branches if k < 2 or k % 2]:
+        parser.error(f"--branches: {odd[0]} responses make no whole pairs; give even numbers")
     shape, console = SHAPES[args.shape], Console()
     with tempfile.TemporaryDirectory() as name:
         measured = measure({}, Path(name))
@@ -245,8 +247,10 @@ def main() -> None:
                 share = needed(shape, own) / found["seconds"] / peak
                 row = {"mode": mode, "k": k, "kind": kind, "tokens_per_s": rate, "of_peak": share, **found}
                 figures["learner"].append(row)
-                plain = plain or rate
-                cells = (mode, str(k), kind, f"{rate:.1f}", f"{rate / plain:.2f}x", f"{share:.1%}")
+                if not shared:
+                    plain = rate
+                speed = f"{rate / plain:.2f}x" if plain is not None else ""
+                cells = (mode, str(k), kind, f"{rate:.1f}", speed, f"{share:.1%}")
                 table.add_row(*cells, f"{found['peak_gib']:.2f}", end_section=shared)
     console.print(table)
     for mode in args.modes if args.largest else []:

@@ -183,6 +183,10 @@ def main() -> None:
     with_trl = has_trl(args.trl_python)
     pythons = dict.fromkeys(KINDS, sys.executable) | (dict.fromkeys(TRL, args.trl_python) if with_trl else {})
     kinds = {kind: python for kind, python in pythons.items() if kind in args.kinds}
+    if left := [kind for kind in args.kinds if kind not in kinds]:
+        print(f"left out, as {args.trl_python} has no TRL: {', '.join(left)}")
+    if not kinds:
+        parser.error("nothing is left to measure; give --trl-python a Python that has TRL")
     cases = [(profile, mode) for profile in args.profiles for mode in args.modes]
     figures, console = list[dict[str, Any]](), Console()
     with tempfile.TemporaryDirectory() as folder:
