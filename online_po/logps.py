@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from online_po.errors import ConfigError
-from online_po.tree_attention import TreeMasks
+from online_po.tree_attention import Trees
 
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
 """Float32 logits that may exist at once: 64 MiB on a CPU, where larger ones cost page faults; 512 MiB on a GPU."""
@@ -88,7 +88,7 @@ class LogpModel(nn.Module):
         with_collision: bool = False,
         *,
         position_ids: Tensor | None = None,
-        trees: TreeMasks | None = None,
+        trees: Trees | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`input_ids` (B, T), padded on the right; `positions` (S,) places in the flattened (B * T,) sequences;
         `targets` (S,) the tokens that follow those places. With `trees` B is 1, nothing is padded, and `position_ids`

@@ -21,7 +21,7 @@ from online_po.errors import LearnerMemoryError
 from online_po.logps import LogpModel
 from online_po.packing import MicroBatch, batch_tokens, collate, rank_plans
 from online_po.sections import LearnerConfig
-from online_po.tree_attention import TreeMasks
+from online_po.tree_attention import Trees
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,7 @@ def score(
     with_collision: bool = False,
 ) -> Scored:
     """One forward of a micro-batch, see `Scored`. A stand-in gives one tensor of logps, whose values are 0."""
-    trees = None if batch.trees is None else TreeMasks(batch.trees, device)
+    trees = None if batch.trees is None else Trees(batch.trees, device)
     arrays = (batch.input_ids, batch.positions, batch.targets)
     ids, positions, targets = (torch.from_numpy(array).to(device) for array in arrays)
     places = None if batch.position_ids is None else torch.from_numpy(batch.position_ids).to(device)

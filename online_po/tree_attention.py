@@ -19,32 +19,31 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from online_po.cpu_attention import TreeAttention
+
 ATTENTION = "online_po_trees"
 """The name that `tree_attention` has in transformers."""
 
 
-class TreeMasks:
-    """The trees of one row, and what their branches may see. One object serves all layers, in backward again.
+class Trees:
+    """The trees of one row. One object serves all layers, in backward again.
 
     `sizes`: for each tree its prompt's tokens, then each branch's (at least one); they follow each other in the row.
     """
 
     def __init__(self, sizes: Sequence[Sequence[int]], device: torch.device) -> None:
         self.sizes = sizes
-        self.as_bias = device.type != "cpu"
+        self.on_cpu = device.type == "cpu"
         self.pieces = [size for tree in sizes for size in tree]
-        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._biases: dict[tuple[int, int], Tensor] = {}
 
-    def branch(self, prompt: int, tokens: int) -> Tensor:
-        """What a branch's queries see of prompt and branch: bool (tokens, prompt + tokens) or, on a GPU, a bias of
-        that meaning which kernels know without a mask."""
+    def bias(self, prompt: int, tokens: int) -> Tensor:
+        """(tokens, prompt + tokens): what a branch's queries see of prompt and branch, as kernels know it without a
+        mask in memory."""
         key = prompt, tokens
-        if key not in self._masks:
-            if self.as_bias:
-                self._masks[key] = causal_lower_right(tokens, prompt + tokens)
-            else:
-                self._masks[key] = torch.ones(tokens, prompt + tokens, dtype=torch.bool).tril(prompt)
-        return self._masks[key]
+        if key not in self._biases:
+            self._biases[key] = causal_lower_right(tokens, prompt + tokens)
+        return self._biases[key]
 
 
 def tree_attention(
@@ -55,7 +54,7 @@ def tree_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    trees: TreeMasks | None = None,
+    trees: Trees | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function as transformers calls them: `query` (B, H, T, D), `key` and `value` (B, K, T, D), H a
@@ -67,23 +66,23 @@ def tree_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    repeats = query.shape[1] // key.shape[1]
-    if trees.as_bias:  # such kernels take no grouped heads, and nothing casts for them
-        kind = query.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-        query, key, value = query.to(dtype), repeat_kv(key, repeats).to(dtype), repeat_kv(value, repeats).to(dtype)
-        repeats = 1
-    options: dict[str, Any] = {"scale": scaling, "enable_gqa": repeats > 1}
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if trees.on_cpu:
+        return TreeAttention.apply(query, key, value, scaling, trees.sizes), None
+    # Such kernels take no grouped heads, and nothing casts for them.
+    kind, repeats = query.device.type, query.shape[1] // key.shape[1]
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    query, key, value = query.to(dtype), repeat_kv(key, repeats).to(dtype), repeat_kv(value, repeats).to(dtype)
     pieces = zip(*(tensor.split(trees.pieces, dim=2) for tensor in (query, key, value)), strict=True)
     found = []
     for prompt, *branches in trees.sizes:
         own, prompt_key, prompt_value = next(pieces)
-        found.append(scaled_dot_product_attention(own, prompt_key, prompt_value, is_causal=True, **options))
+        found.append(scaled_dot_product_attention(own, prompt_key, prompt_value, is_causal=True, scale=scaling))
         for tokens in branches:
             own, own_key, own_value = next(pieces)
             keys, values = torch.cat([prompt_key, own_key], dim=2), torch.cat([prompt_value, own_value], dim=2)
-            mask = trees.branch(prompt, tokens)
-            found.append(scaled_dot_product_attention(own, keys, values, attn_mask=mask, **options))
+            bias = trees.bias(prompt, tokens)
+            found.append(scaled_dot_product_attention(own, keys, values, attn_mask=bias, scale=scaling))
     return torch.cat(found, dim=2).transpose(1, 2).contiguous(), None
 
 

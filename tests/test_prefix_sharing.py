@@ -43,7 +43,7 @@ from online_po.prefix_sharing import Sharing, share_prompts, window_of
 from online_po.scoring import Scored, Scoring, score
 from online_po.sections import LoraConfig, ModelConfig
 from online_po.tables import LABEL_SCHEMA, PAIR_SCHEMA
-from online_po.tree_attention import ATTENTION, TreeMasks
+from online_po.tree_attention import ATTENTION, Trees
 from scripts.make_tiny_model import make_tiny_model
 from tests.learner_setup import VOCABULARY, collect_logps, learner_config, start
 
@@ -239,9 +239,7 @@ def test_with_the_bias_that_gpus_get_it_is_the_same(monkeypatch: pytest.MonkeyPa
     batch, cpu = collate(Examples(pairs_of_prompts()), np.arange(12), PAIR_SIDES, shared=True), torch.device("cpu")
     found = []
     for device in ("cpu", "cuda"):
-        monkeypatch.setattr(
-            scoring, "TreeMasks", lambda sizes, _, device=device: TreeMasks(sizes, torch.device(device))
-        )
+        monkeypatch.setattr(scoring, "Trees", lambda sizes, _, device=device: Trees(sizes, torch.device(device)))
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
             found.append(torch.cat(score(LogpModel(model), batch, cpu).logps))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5 if dtype == "float32" else 0.5)
