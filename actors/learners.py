@@ -260,9 +260,13 @@ class LearnerGroup:
         """See `online_po.protocols.Learner.token_logps`."""
         return self._call("token_logps", list(token_ids))
 
-    def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> dict[str, str]:
-        """See `online_po.protocols.Learner.save`. With ranks on several machines the folders must be shared."""
-        return self._call("save", round_, policy_dir.absolute(), trainer_dir.absolute())
+    def save_policy(self, round_: int, folder: Path) -> None:
+        """See `online_po.protocols.Learner.save_policy`. With ranks on several machines the folder must be shared."""
+        self._call("save_policy", round_, folder.absolute())
+
+    def save_trainer(self, round_: int, folder: Path) -> dict[str, str]:
+        """See `online_po.protocols.Learner.save_trainer`; the same of its folder."""
+        return self._call("save_trainer", round_, folder.absolute())
 
     def blend(self, reference: Policy, alpha: float, folder: Path) -> None:
         """See `online_po.protocols.Learner.blend`."""

@@ -337,7 +337,11 @@ class Supervisor:
 
 def limits_by_call(limits: LimitsConfig, startup_s: float) -> dict[str, tuple[str, float]]:
     """What a pulse calls the work -> (setting, seconds without any progress)."""
-    fields = {"generate_s": ("generate", "answer"), "weights_s": ("sync", "save", "load", "blend"),
-              "judge_s": ("judge",), "step_s": ("update", "logps", "token_logps")}  # fmt: skip
+    fields = {
+        "generate_s": ("generate", "answer"),
+        "weights_s": ("sync", "save_policy", "save_trainer", "load", "blend"),
+        "judge_s": ("judge",),
+        "step_s": ("update", "logps", "token_logps"),
+    }
     found = {call: (f"limits.{field}", getattr(limits, field)) for field, calls in fields.items() for call in calls}
     return found | {"start": ("ray.startup_timeout_s", startup_s)}

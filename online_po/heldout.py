@@ -45,6 +45,7 @@ def evaluate_heldout(parts: Parts, version: int, round_: int) -> dict[str, Any]:
     made: dict[int, Group] = {}
     asked: list[tuple[list[int], Future[list[Judgement]]]] = []
     for part, found in parts.generator.generate(chunks(), config.eval_sampling):
+        parts.require_settled()
         rows = {part * size + place: group for place, group in found.items()}
         made |= rows
         questions = [(row, group) for row, own in rows.items() for group in (duels.groups(own) if duels else [own])]

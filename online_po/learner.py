@@ -13,7 +13,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -343,38 +342,34 @@ class TorchLearner:
                 self.tokenizer.save_pretrained(folder)
         self._barrier()
 
-    def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> dict[str, str]:
-        """See `online_po.protocols.Learner.save`. The trainer folder does not depend on the number of ranks.
-
-        trainer.json is written last, after everything else in either folder: where it is, all of them is.
-        """
-        hashes: dict[str, str] = {}
-        with ThreadPoolExecutor(1, thread_name_prefix="policy") as pool:
-            writing = pool.submit(self._write_policy, policy_dir, self._gathered())
-            if self.device.type != "cpu" or self.ranks > 1:
-                writing.result()  # gathered tensors are copies: they go before the moments, which are twice as large
-            moments = optimizer_tensors(self.optimizer, self._trained(), tick=self._tick)
-            if self.rank == 0:
-                with files.explained(trainer_dir):
-                    trainer_dir.mkdir(parents=True, exist_ok=True)
-                    digest = write_tensors(trainer_dir / OPTIMIZER_FILE, moments, self._tick)
-                    hashes[f"trainer/{OPTIMIZER_FILE}"] = digest
-                    writing.result()
-                    (trainer_dir / STATE_FILE).write_text(self._state(version=round_), encoding="utf-8")
-        self._barrier()
-        self.version = round_
-        return hashes
-
-    def _write_policy(self, folder: Path, whole: dict[str, Tensor]) -> None:
-        """On rank 0, durably: the disk writes while the moments are."""
+    def save_policy(self, round_: int, folder: Path) -> None:
+        """See `online_po.protocols.Learner.save_policy`. Raises LedgerError where the disk is full."""
+        whole = self._gathered()
         if self.rank == 0:
             with files.explained(folder):
                 policy_model.write_policy(folder, self.model, whole)
                 if self.config.lora is None:
                     self.tokenizer.save_pretrained(folder)
-            self._tick()
-            files.sync_folder(folder)
+                self._tick()
+                files.sync_folder(folder)
         fail_point("learner.policy_saved")
+        self._barrier()
+        self.version = round_
+
+    def save_trainer(self, round_: int, folder: Path) -> dict[str, str]:
+        """See `online_po.protocols.Learner.save_trainer`. The folder does not depend on the number of ranks.
+
+        trainer.json is written last: where it is, all of the folder is.
+        """
+        hashes: dict[str, str] = {}
+        moments = optimizer_tensors(self.optimizer, self._trained(), tick=self._tick)
+        if self.rank == 0:
+            with files.explained(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                hashes[OPTIMIZER_FILE] = write_tensors(folder / OPTIMIZER_FILE, moments, self._tick)
+                (folder / STATE_FILE).write_text(self._state(version=round_), encoding="utf-8")
+        self._barrier()
+        return hashes
 
     def _save_step(self, step: int, metrics: list[dict[str, float]], writer: StepWriter) -> None:
         """Copies the state after a step, and leaves it to `writer` to write it. All ranks must call it."""

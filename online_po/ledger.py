@@ -328,25 +328,21 @@ class Ledger(Pieces):
         return sum(row["kind"] == "step" for path in files_ for row in files.read_json_lines(path))
 
     @contextmanager
-    def weights(self, round_: int) -> Iterator[tuple[Path, Path, dict[str, str]]]:
-        """Gives (policy folder, trainer folder) to write to; both appear whole when the block ends. The third takes the
-        hashes that the writer has (`online_po.protocols.Learner.save`)."""
+    def weights(self, round_: int, part: str) -> Iterator[tuple[Path, dict[str, str]]]:
+        """Gives the folder to write a round's `policy` to, or what belongs to it as its `trainer`; it appears whole
+        when the block ends. The second takes the hashes that the writer has, by file."""
         self.run_lock.require_held()
-        folder = self.round_dir(round_)
-        with (
-            files.atomic_folder(folder / "policy") as policy,
-            files.atomic_folder(folder / "trainer") as trainer,
-        ):
-            hashes: dict[str, str] = {}
-            yield policy, trainer, hashes
-            for written in (policy, trainer):
-                self._require_arrived(round_, written)
+        folder = self.round_dir(round_) / part
+        hashes: dict[str, str] = {}
+        with files.atomic_folder(folder) as written:
+            yield written, hashes
+            self._require_arrived(round_, written)
             with ThreadPoolExecutor(1) as pool:  # hashed while the disk writes
-                hashing = pool.submit(self.weight_hashes, policy, trainer, hashes)
-                for written in (policy, trainer):
-                    files.sync_folder(written)
-                self._hashed[round_] = hashing.result()
+                hashing = pool.submit(self.weight_hashes, part, written, hashes)
+                files.sync_folder(written)
+                found = hashing.result()
             self.run_lock.require_held()  # all that may have taken long
+        self._hashed[round_, part] = found
 
     @contextmanager
     def blended_weights(self, round_: int) -> Iterator[Path]:

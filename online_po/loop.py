@@ -2,7 +2,8 @@
 
 Round r is sampled by policy version max(0, r - 1 - loop.max_staleness): a fixed lag, so that what a
 round contains never depends on timing. Sampling runs in one background thread, in order; with
-staleness 0 it waits for the round before it, with more it runs while that one trains.
+staleness 0 it waits for the round before it, with more it runs while that one trains. Generators take
+a new policy as soon as it is saved, and evaluate it, while the rest of its round is (`Handover`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from online_po.errors import ConfigError, Interrupted, LearnerLostError, LedgerE
 from online_po.evaluation import early_stop
 from online_po.fail_points import fail_point
 from online_po.guards import Finding
+from online_po.handover import Handover
 from online_po.heldout import evaluate_heldout
 from online_po.judge_trials import calibrate, try_judge
 from online_po.ledger import Ledger
@@ -24,7 +26,7 @@ from online_po.retention import Retention, heldout_scores
 from online_po.roll_back import RollBack, act, go_back, load_round, unsettled
 from online_po.room import require_room
 from online_po.round import probe_gap, probe_of, require_probe, sample_round, train_round
-from online_po.types import Reference
+from online_po.types import Policy, Probe, Reference
 
 T = TypeVar("T")
 
@@ -57,6 +59,7 @@ def run_rounds(parts: Parts) -> list[dict[str, Any]]:
                 raise
             except RollBack as wanted:
                 _drop(parts, sampling)
+                parts.handover = None
                 # What the generators hold may be gone now; what they are asked for next is older, so it is synced.
                 last = go_back(parts, wanted)
                 _load(parts, last)
@@ -90,39 +93,57 @@ def _run_after(
         if round_ > last_round(config, ledger) or not (round_ == 1 or ledger.is_judged(round_ - 1)):
             return
         parts.stop.check()
-        require_room(ledger, round_, parts.expected)
         holder.take(version, round_)
         # What is wrong with the policy is acted on when the round's turn comes, whenever it was sampled.
         if round_ <= last_round(config, ledger) and not unsettled(ledger, ledger.evaluation_summary(version)):
             sample_round(parts, round_)
+
+    def evaluate(version: int) -> None:
+        parts.stop.check()
+        if (stopped := early_stop_version(config, ledger)) is None or version <= stopped:
+            holder.evaluate(version, rounds + 1)
+
+    def hand_over(policy: Policy, probe: Probe) -> None:
+        if parts.handover is not None:
+            parts.handover.withdraw()
+        parts.handover = Handover(policy, probe)
+        if (ahead := policy.version + 1 + staleness) <= rounds:
+            sampling[ahead] = parts.sampler.submit(sample, ahead)
+        elif staleness == 0:  # else guards look at older policies first
+            sampling[ahead] = parts.sampler.submit(evaluate, policy.version)
 
     if last > 0:
         settle(last)
     for round_ in range(last + 1, rounds + 1):
         for ahead in range(round_, min(round_ + staleness, rounds) + 1):
             if ahead not in sampling:
+                require_room(ledger, ahead, parts.expected)
                 sampling[ahead] = parts.sampler.submit(sample, ahead)
         sampling[round_].result()
         act(ledger, ledger.evaluation_summary(max(0, round_ - 1 - staleness)), round_ - 1)
         if round_ > last_round(config, ledger):
             break
         parts.stop.check()
-        _train(parts, round_)
+        _train(parts, round_, hand_over)
         settle(round_)
+        if (ahead := round_ + 1 + staleness) <= last_round(config, ledger):
+            require_room(ledger, ahead, parts.expected)
+        assert parts.handover is not None
+        parts.handover.settle()
+    for ahead, future in sampling.items():
+        if ahead > rounds:
+            future.result()
     for version in range(rounds + 1):
-        if (stopped := early_stop_version(config, ledger)) is not None and version > stopped:
-            break
-        parts.stop.check()
-        parts.sampler.submit(holder.evaluate, version, rounds + 1).result()
+        parts.sampler.submit(evaluate, version).result()
         act(ledger, ledger.evaluation_summary(version), last_round(config, ledger))
     if (stopped := early_stop_version(config, ledger)) is not None:
         parts.observer.message(f"eval.early_stop: no gain up to policy {stopped}, the run ends")
 
 
-def _train(parts: Parts, round_: int) -> None:
+def _train(parts: Parts, round_: int, hand_over: Callable[[Policy, Probe], None]) -> None:
     """Trains a sampled round; a step that is not finite makes the run go back, if the guard says so."""
     try:
-        _with_learner(parts, round_ - 1, lambda: train_round(parts, round_))
+        _with_learner(parts, round_ - 1, lambda: train_round(parts, round_, hand_over))
     except NonFiniteError as error:
         if parts.config.guards.nonfinite.action != "roll_back":
             raise
@@ -236,24 +257,27 @@ class _WeightHolder:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        self.held: int | None = None
+        self.held: tuple[int, Probe] | None = None
 
     def take(self, version: int, round_: int) -> None:
-        """Syncs the generators to a committed version, with proof, and evaluates it if that is due.
+        """Syncs the generators to a version that is saved, with proof, and evaluates it if that is due.
 
         `round_` is the round that the time is counted under."""
         self._sync(version, round_)
         self.evaluate(version, round_)
 
     def _sync(self, version: int, round_: int) -> None:
-        if self.held == version:
+        ledger, handover = self.parts.ledger, self.parts.handover
+        saved = handover if handover is not None and handover.policy.version == version else None
+        probe = ledger.committed(version).probe if saved is None else saved.probe
+        self.parts.taken = saved
+        if self.held == (version, probe):
             return
-        ledger = self.parts.ledger
         self.held = None
         with self.parts.phase("sync", round_):
-            probe = ledger.committed(version).probe
-            reports = self.parts.generator.sync(ledger.policy(version, self.parts.start), probe)
-        self.held = version
+            policy = ledger.policy(version, self.parts.start) if saved is None else saved.policy
+            reports = self.parts.generator.sync(policy, probe)
+        self.held = version, probe
         error = max(report.mean_logp_error for report in reports)
         self.parts.observer.message(
             f"generators hold policy {version}, proved on {len(probe.token_logps)} probe tokens "

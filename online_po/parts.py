@@ -15,6 +15,7 @@ from online_po.config import Config
 from online_po.errors import OnlinePOError
 from online_po.fail_points import fail_point
 from online_po.given import ResponseEncoder
+from online_po.handover import Handover
 from online_po.ledger import Ledger
 from online_po.observers import PhaseTimer
 from online_po.protocols import Generator, JudgePool, Learner, Observer
@@ -54,6 +55,11 @@ class Parts:
     sampler: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="sampler"))
     """The one thread that sampling and evaluation run in; who makes the parts waits for its end."""
 
+    handover: Handover | None = None
+    """The newest policy, from when it is saved on; the training thread's."""
+    taken: Handover | None = None
+    """What the generators hold, where that was handed over; the sampling thread's."""
+
     @contextmanager
     def phase(self, name: str, round_: int) -> Iterator[None]:
         """Around one phase: observers see it, and tests may kill the run before and after it."""
@@ -66,3 +72,10 @@ class Parts:
         """Raises OnlinePOError once the run is ending: what is sampled half must not count as whole."""
         if self.stopping.is_set():
             raise OnlinePOError("the run is ending")
+
+    def require_settled(self) -> None:
+        """Waits where the round of the policy that the generators hold is still being written. Raises OnlinePOError
+        where it will not be, or the run is ending, Interrupted where it was asked to stop meanwhile."""
+        if self.taken is not None and not self.taken.is_settled:
+            self.taken.wait(self.require_going_on)
+            self.stop.check()

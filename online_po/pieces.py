@@ -55,7 +55,7 @@ class Pieces:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._hashed: dict[int, dict[str, str]] = {}
+        self._hashed: dict[tuple[int, str], dict[str, str]] = {}
         self.run_lock = RunLock(root)
         """Asked before each write: who was taken for dead and comes back must not write over the new owner's."""
 
@@ -174,7 +174,8 @@ class Pieces:
         folder = self.round_dir(round_).absolute() / STEPS
         if (record := self._trained(round_)) is not None:
             root = self.round_dir(round_)
-            if self.weight_hashes(root / "policy", root / "trainer") == record["files"]:
+            parts = [self.weight_hashes(part, root / part) for part in ("policy", "trainer")]
+            if parts[0] | parts[1] == record["files"]:
                 trained = Trained(**record["trained"])
                 tell(f"round {round_} was saved after its last step, {len(trained.steps)}; it is not trained again")
                 return StepPlan(folder=folder, every=every, trained=trained)
@@ -191,24 +192,20 @@ class Pieces:
     def write_trained(self, round_: int, trained: Trained) -> None:
         """Once the round's weights are saved (`Ledger.weights`): a start after this trains it no more."""
         self.run_lock.require_held()
-        record = {"trained": asdict(trained), "files": self._hashed.pop(round_)}
+        hashed = self._hashed.pop((round_, "policy")) | self._hashed.pop((round_, "trainer"))
+        record = {"trained": asdict(trained), "files": hashed}
         files.write_json(self.round_dir(round_) / STEPS / TRAINED, record)
 
     def _trained(self, round_: int) -> dict[str, Any] | None:
         path = self.round_dir(round_) / STEPS / TRAINED
         return files.read_json(path) if path.exists() and files.is_whole(path) else None
 
-    def weight_hashes(self, policy: Path, trainer: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
-        """policy/FILE, trainer/FILE -> SHA-256, of all files in these two folders. `known`: the same of those that need
-        not be read."""
-        found = {
-            f"{name}/{path.relative_to(folder)}": path
-            for name, folder in (("policy", policy), ("trainer", trainer))
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
+    def weight_hashes(self, part: str, folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+        """PART/FILE -> SHA-256, of all files in the folder of a round's policy or trainer. `known`: FILE -> that of
+        files that need not be read."""
+        found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
         with files.explained(self.root):
-            return files.hashes(found, known)
+            return {f"{part}/{file}": digest for file, digest in files.hashes(found, known).items()}
 
     def write_metrics(self, round_: int, rows: list[dict[str, Any]]) -> None:
         self.run_lock.require_held()

@@ -97,20 +97,25 @@ class Learner(Protocol):
         """(T,) token ids -> (T - 1,) logps in nats of token_ids[1:] under the current weights."""
         ...
 
-    def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> dict[str, str]:
-        """Writes the weights (loadable by transformers, PEFT and vLLM as they are) and everything else
-        a later `load` needs to go on exactly (optimizer state, RNG). The weights are policy version
-        `round_` from here on. Returns the SHA-256, in hex, of the files that it hashed as it wrote
-        them, by names as policy/FILE and trainer/FILE; the others are hashed from the disk."""
+    def save_policy(self, round_: int, folder: Path) -> None:
+        """Writes the weights, loadable by transformers, PEFT and vLLM as they are. They are policy version `round_`
+        from here on."""
+        ...
+
+    def save_trainer(self, round_: int, folder: Path) -> dict[str, str]:
+        """After `save_policy`: writes everything else that a later `load` needs to go on exactly (optimizer state,
+        RNG). Returns the SHA-256, in hex, of the files that it hashed as it wrote them, by name; the others are hashed
+        from the disk."""
         ...
 
     def blend(self, reference: Policy, alpha: float, folder: Path) -> None:
-        """Writes alpha * own weights + (1 - alpha) * the reference's into `folder`, in the format of `save`'s policy
-        folder. The learner itself stays as it is."""
+        """Writes alpha * own weights + (1 - alpha) * the reference's into `folder`, in the format of `save_policy`'s.
+        The learner itself stays as it is."""
         ...
 
     def load(self, policy: Policy, trainer_dir: Path) -> None:
-        """Takes back what `save` wrote; may be called at any time, also after an update that raised NonFiniteError.
+        """Takes back what `save_policy` and `save_trainer` wrote; may be called at any time, also after an update that
+        raised NonFiniteError.
 
         Version 0 is the start, which has no trainer folder: weights, adapters and optimizer are as they were when
         the learner was made."""
@@ -125,7 +130,7 @@ class Learner(Protocol):
 class Observer(Protocol):
     """Telemetry: told what happens, asked for nothing. The loop gives the same result without it.
 
-    Phases may overlap (`loop.max_staleness` of 1 or more) and come from two threads.
+    Phases may overlap, and come from two threads.
     """
 
     def phase(self, name: str, round_: int) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ syncs the generators in between.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -91,6 +91,7 @@ def sample_parts(parts: Parts, round_: int, prompts: PromptRows, first: int, jud
         judging.resume(part, chunk(part))
         done += len(chunks[part])
     for part, groups in parts.generator.generate(missing(), config.generator):
+        parts.require_settled()
         unfinished[part] |= groups
         if len(unfinished[part]) == len(chunks[part]):
             ledger.write_responses(round_, part, [group for _, group in sorted(unfinished.pop(part).items())])
@@ -129,15 +130,15 @@ def request(config: Config, prompt: Prompt, purpose: str, round_: int, attempt: 
 # -- training: pair, reference logps, update, refresh, commit --------------------------------------
 
 
-def train_round(parts: Parts, round_: int) -> None:
-    """Pairs, reference logps, update, refresh and commit of a sampled round.
+def train_round(parts: Parts, round_: int, hand_over: Callable[[Policy, Probe], None]) -> None:
+    """Pairs, reference logps, update, refresh and commit of a sampled round. `hand_over` is told of the new policy as
+    soon as it is saved, while the rest is.
 
     Raises NoPairsError if the round holds nothing to train on.
     """
     config, ledger, observer = parts.config, parts.ledger, parts.observer
     before = ledger.committed(round_ - 1)
     held, betas = before.reference, round_betas(config.loss, round_, before.beta_scale)
-    is_adapter = config.learner.lora is not None
     with parts.phase("pair", round_):
         examples, sampled = make_examples(parts, round_, draw_prompts(parts, round_), held)
     parts.stop.check()
@@ -152,18 +153,23 @@ def train_round(parts: Parts, round_: int) -> None:
             made = parts.learner.update(round_, examples, anchors.reference, anchors.start, betas, moved, plan)
         steps = list(told(parts, round_, plan, chain(plan.metrics, made)))
     kl = anchors.sampling_kl(examples)
+    is_adapter = config.learner.lora is not None
+    policy = Policy(version=round_, path=ledger.round_dir(round_) / "policy", is_adapter=is_adapter)
     with parts.phase("save", round_):
         if plan.trained is None:
             require_room(ledger, round_, parts.expected, weights_only=True)
-            with ledger.weights(round_) as (policy_dir, trainer_dir, hashes):
-                hashes |= parts.learner.save(round_, policy_dir, trainer_dir)
+            with ledger.weights(round_, "policy") as (folder, _):
+                parts.learner.save_policy(round_, folder)
             probe = probe_of(parts.learner, ledger.committed(0).probe.token_ids)
+            hand_over(policy, probe)
+            with ledger.weights(round_, "trainer") as (folder, hashes):
+                hashes |= parts.learner.save_trainer(round_, folder)
             ledger.write_trained(round_, Trained(steps=steps, token_logps=list(probe.token_logps)))
         else:
-            saved = Policy(version=round_, path=ledger.round_dir(round_) / "policy", is_adapter=is_adapter)
-            parts.learner.load(saved, ledger.round_dir(round_) / "trainer")
+            parts.learner.load(policy, ledger.round_dir(round_) / "trainer")
             probe = replace(ledger.committed(0).probe, token_logps=tuple(plan.trained.token_logps))
             require_probe(parts, probe, f"the learner loaded policy {round_}, which was saved before it was stopped")
+            hand_over(policy, probe)
         reference = renew_reference(parts, round_, held, kl.get("kl_reference"))
     with parts.phase("commit", round_):
         rows = [{"kind": "step", "round": round_, "step": i, **metrics} for i, metrics in enumerate(steps, 1)]

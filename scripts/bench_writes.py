@@ -77,9 +77,9 @@ def main() -> None:
             return commit(ledger, *given, **named)
 
     @contextmanager
-    def counted_weights(ledger: Ledger, round_: int) -> Iterator[tuple[Path, Path, dict[str, str]]]:
-        with counted("policy and trainer"), weights(ledger, round_) as folders:
-            yield folders
+    def counted_weights(ledger: Ledger, round_: int, part: str) -> Iterator[tuple[Path, dict[str, str]]]:
+        with counted(part), weights(ledger, round_, part) as given:
+            yield given
 
     files.atomic, files.atomic_folder = wrapped(files.atomic), wrapped(files.atomic_folder)  # type: ignore[assignment]
     Ledger.commit, Ledger.weights = counted_commit, counted_weights  # type: ignore[method-assign,assignment]

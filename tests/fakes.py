@@ -198,9 +198,11 @@ class FakeLearner:
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         return [self.skill] * (len(token_ids) - 1)
 
-    def save(self, round_: int, policy_dir: Path, trainer_dir: Path) -> dict[str, str]:
-        (policy_dir / "skill.json").write_text(json.dumps(self.skill))
-        (trainer_dir / "state.json").write_text(json.dumps({"round": round_}))
+    def save_policy(self, round_: int, folder: Path) -> None:
+        (folder / "skill.json").write_text(json.dumps(self.skill))
+
+    def save_trainer(self, round_: int, folder: Path) -> dict[str, str]:
+        (folder / "state.json").write_text(json.dumps({"round": round_}))
         return {}
 
     def blend(self, reference: Policy, alpha: float, folder: Path) -> None:

@@ -103,3 +103,9 @@ def plain_logps(lm: Any, pairs: pa.Table, side: str) -> np.ndarray:
             logps = torch.log_softmax(lm(input_ids=ids).logits[0, :-1], dim=-1)
         found.append(logps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum().item())
     return np.array(found, dtype=np.float32)
+
+
+def save(learner: Any, round_: int, policy: Path, trainer: Path) -> dict[str, str]:
+    """Both folders of a round; the hashes that the learner has of the second."""
+    learner.save_policy(round_, policy)
+    return learner.save_trainer(round_, trainer)

@@ -32,14 +32,13 @@ ROUND = Path("rounds/000002")
 def finished(tmp_path_factory) -> Path:
     """A finished run, with a judge cache, and a file of tensors for a policy."""
     parts = make_parts(make_config(tmp_path_factory.mktemp("one"), judge=ASKED, loop__rounds=2))
-    save = parts.learner.save
+    save = parts.learner.save_policy
 
-    def with_tensors(round_, policy, trainer):
-        hashes = save(round_, policy, trainer)
+    def with_tensors(round_, policy):
+        save(round_, policy)
         save_file({"b": torch.arange(6.0).view(2, 3), "a": torch.zeros(2)}, policy / "w.safetensors", {"format": "pt"})
-        return hashes
 
-    parts.learner.save = with_tensors
+    parts.learner.save_policy = with_tensors
     parts.judges = LocalJudgePool(parts.config.judge, parts.ledger.judge_cache)
     run_rounds(parts)
     parts.judges.close()

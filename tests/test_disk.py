@@ -162,14 +162,14 @@ def test_room_is_asked_for_before_a_round_and_before_its_weights(tmp_path, monke
     again = make_parts(parts.config)
     again.expected = parts.expected
     usage(monkeypatch, 5 << 20)
-    save = FakeLearner.save
-    monkeypatch.setattr(FakeLearner, "save", lambda *args: pytest.fail("nothing is to be saved"))
+    save = FakeLearner.save_policy
+    monkeypatch.setattr(FakeLearner, "save_policy", lambda *args: pytest.fail("nothing is to be saved"))
     update = again.learner.update
     again.learner.update = lambda *args: (usage(monkeypatch, 3 << 20), update(*args))[1]
     with pytest.raises(DiskError, match=r"round 1 needs about 3.3 MiB .*resume"):
         run_rounds(again)
     assert again.ledger.is_judged(1) and not list(again.ledger.root.rglob("policy*"))
-    monkeypatch.setattr(FakeLearner, "save", save)
+    monkeypatch.setattr(FakeLearner, "save_policy", save)
     usage(monkeypatch, 1 << 30)
     run_rounds(make_parts(parts.config))
 

@@ -34,9 +34,10 @@ def make_run(tmp_path: Path, model: Path, *, is_adapter: bool) -> Ledger:
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    with ledger.weights(1) as (policy_dir, trainer_dir, _):
+    with ledger.weights(1, "policy") as (policy_dir, _):
         policy.save_pretrained(policy_dir)
         AutoTokenizer.from_pretrained(model).save_pretrained(policy_dir)
+    with ledger.weights(1, "trainer") as (trainer_dir, _):
         (trainer_dir / "trainer.json").write_text("{}")
     ledger.commit(1, is_adapter=is_adapter, reference=Reference(round=0), probe=PROBE)
     return ledger

@@ -135,10 +135,11 @@ def test_a_run_that_ended_early_is_finished_and_says_so(tmp_path):
 
 def test_export_takes_the_best_round_where_the_run_may_end_early(tmp_path, tiny_model):
     ledger = make_run(tmp_path / "runs", tiny_model, is_adapter=False)
-    with ledger.weights(2) as (policy, trainer, _):
+    with ledger.weights(2, "policy") as (policy, _):
         for path in (ledger.round_dir(1) / "policy").iterdir():
             (policy / path.name).write_bytes(path.read_bytes())
         (policy / "round").write_text("2")
+    with ledger.weights(2, "trainer") as (trainer, _):
         (trainer / "trainer.json").write_text("{}")
     ledger.commit(2, is_adapter=False, reference=Reference(round=0), probe=ledger.committed(0).probe)
     scores = {0: 0.1, 1: 0.9, 2: 0.8}

@@ -16,6 +16,7 @@ from online_po.ledger import Ledger
 from online_po.observers import CompositeObserver
 from online_po.roll_back import load_round
 from tests.fakes import FakeObserver
+from tests.learner_setup import save
 from tiny_runs import Bench, bench
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
@@ -182,7 +183,7 @@ def test_what_is_loaded_is_what_was_committed(runs: Bench) -> None:
     load_round(parts, 3)
     load_round(parts, 2)
     again = runs.folder / "again"
-    parts.learner.save(2, again / "policy", again / "trainer")
+    save(parts.learner, 2, again / "policy", again / "trainer")
     for name in ("policy", "trainer"):
         assert hashes(again / name) == hashes(ledger.round_dir(2) / name)
 

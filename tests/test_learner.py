@@ -26,6 +26,7 @@ from tests.learner_setup import (
     make_learner,
     make_pairs,
     plain_logps,
+    save,
     start,
     train,
 )
@@ -77,7 +78,7 @@ def test_logps_of_other_policies_leave_the_weights_alone(model: Path, lora: Lora
     policies = []
     for round_ in (1, 2):
         train(learner, round_, pairs, at_start)
-        learner.save(round_, tmp_path / f"policy{round_}", tmp_path / f"trainer{round_}")
+        save(learner, round_, tmp_path / f"policy{round_}", tmp_path / f"trainer{round_}")
         policies.append(Policy(version=round_, path=tmp_path / f"policy{round_}", is_adapter=lora is not None))
     own = collect_logps(learner.logps, pairs, policies[1])
     before = weights(learner)
@@ -254,7 +255,7 @@ def test_a_run_repeats_bit_for_bit_and_continues_so_after_a_load(
         learner = make_learner(model, config)
         reference = collect_logps(learner.logps, pairs, start(model))
         steps = train(learner, 1, pairs, reference)
-        learner.save(1, tmp_path / "policy", tmp_path / "trainer")
+        save(learner, 1, tmp_path / "policy", tmp_path / "trainer")
         policy = Policy(version=1, path=tmp_path / "policy", is_adapter=lora is not None)
         if stop:
             learner = make_learner(model, config)
@@ -314,7 +315,7 @@ def test_bfloat16(model: Path, lora: LoraConfig | None, tmp_path: Path) -> None:
         assert not np.array_equal(found["chosen"], exact["chosen"])
         (step,) = train(learner, 1, pairs, found)
         assert step["loss"] == pytest.approx(math.log(2), abs=0.02)
-        learner.save(1, tmp_path / kept, tmp_path / "trainer")
+        save(learner, 1, tmp_path / kept, tmp_path / "trainer")
         saved = learner.optimizer.param_groups[0]["params"][0].dtype
         assert saved == (torch.bfloat16 if kept == "bfloat16" and lora is None else torch.float32)
         if lora is None:
@@ -336,7 +337,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(model: Path) -> None:
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_trainer_json_is_the_last_file_written(
+def test_trainer_json_is_the_last_file_of_its_folder(
     model: Path, lora: LoraConfig | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = make_learner(model, learner_config(lora=lora))
@@ -345,21 +346,20 @@ def test_trainer_json_is_the_last_file_written(
 
     def spy(self: Path, *args: Any, **kwargs: Any) -> int:
         if self.name == "trainer.json":
-            written.append({file.name for folder in (self.parent, policy) for file in folder.iterdir()})
+            written.append({file.name for file in self.parent.iterdir()})
         return write_text(self, *args, **kwargs)
 
     policy, trainer = tmp_path / "policy", tmp_path / "trainer"
     monkeypatch.setattr(Path, "write_text", spy)
-    hashes = learner.save(1, policy, trainer)
+    hashes = save(learner, 1, policy, trainer)
     path = trainer / "optimizer.safetensors"
-    assert hashes == {"trainer/optimizer.safetensors": hashlib.sha256(path.read_bytes()).hexdigest()}
-    after = {file.name for folder in (trainer, policy) for file in folder.iterdir()}
+    assert hashes == {"optimizer.safetensors": hashlib.sha256(path.read_bytes()).hexdigest()}
+    after = {file.name for file in trainer.iterdir()}
     assert written == [after - {"trainer.json"}] and "optimizer.safetensors" in after
 
 
 @pytest.mark.parametrize("what", ["policy", "moments", "last"])
 def test_a_disk_that_is_full_while_it_saves_is_heard(model: Path, tmp_path: Path, monkeypatch, what: str) -> None:
-    """The policy is written by a thread."""
     learner = make_learner(model, learner_config())
 
     def full(path: Path, *given: Any) -> str:
@@ -372,20 +372,20 @@ def test_a_disk_that_is_full_while_it_saves_is_heard(model: Path, tmp_path: Path
     else:
         monkeypatch.setattr("online_po.files.sync_folder", full)
     with pytest.raises(DiskError, match="no space left|No space left"):
-        learner.save(1, tmp_path / "policy", tmp_path / "trainer")
+        save(learner, 1, tmp_path / "policy", tmp_path / "trainer")
     assert not (tmp_path / "trainer/trainer.json").exists()
 
 
 def test_another_trainer_state_is_refused(model: Path, tmp_path: Path) -> None:
     learner = make_learner(model, learner_config())
-    learner.save(4, tmp_path / "policy", tmp_path / "trainer")
+    save(learner, 4, tmp_path / "policy", tmp_path / "trainer")
     with pytest.raises(OnlinePOError, match=r"the state of version 4, format (\d), not of version 3, format \1;"):
         learner.load(Policy(version=3, path=tmp_path / "policy"), tmp_path / "trainer")
 
 
 def test_an_adapter_of_another_shape_of_run_is_refused(model: Path, tmp_path: Path) -> None:
     other = make_learner(model, learner_config(lora=LoraConfig(rank=4, target_modules=("q_proj",))))
-    other.save(1, tmp_path / "policy", tmp_path / "trainer")
+    save(other, 1, tmp_path / "policy", tmp_path / "trainer")
     learner = make_learner(model, learner_config(lora=LORA))
     with pytest.raises(OnlinePOError, match=r"not one of this run: it differs in .*proj"):
         learner.load(Policy(version=1, path=tmp_path / "policy", is_adapter=True), tmp_path / "trainer")

@@ -32,6 +32,7 @@ from tests.learner_setup import (
     make_labels,
     make_learner,
     make_pairs,
+    save,
     start,
 )
 
@@ -216,7 +217,7 @@ def test_running_means_move_by_a_tenth_and_are_restored(model: Path, tmp_path: P
         expected.append(step["kl_reference"])  # the mean log-ratio, which is what the running mean takes in
     first, second = expected
     assert learner.objective.means == {"log_ratio_mean": pytest.approx(0.9 * first + 0.1 * second, rel=1e-5)}
-    learner.save(1, tmp_path / "policy", tmp_path / "trainer")
+    save(learner, 1, tmp_path / "policy", tmp_path / "trainer")
     again = learn(model, losses_of("bco"), global_batch_size=6)
     again.load(Policy(version=1, path=tmp_path / "policy"), tmp_path / "trainer")
     assert again.objective.means == learner.objective.means
@@ -289,7 +290,7 @@ def test_the_kl_of_kto_is_of_the_policy_without_dropout(model: Path, tmp_path: P
     learner = learn(model, losses_of("kto"), lora=DROPOUT, epochs=4, learning_rate=1e-2)
     reference = collect_logps(learner.logps, labels, start(model))
     list(learner.update(1, labels, reference, None))
-    learner.save(1, tmp_path / "policy", tmp_path / "trainer")
+    save(learner, 1, tmp_path / "policy", tmp_path / "trainer")
     policy = Policy(version=1, path=tmp_path / "policy", is_adapter=True)
     own = collect_logps(learner.logps, labels, policy)["mismatched"]
     lower = {side: logps - 5 for side, logps in reference.items()}  # so that the KL is above 0 for sure

@@ -22,7 +22,7 @@ from online_po.sections import LoraConfig, ModelConfig
 from online_po.step_checkpoints import StepPlan, newest_whole
 from online_po.types import Policy
 from tests.fakes import FakeLearner, make_config
-from tests.learner_setup import collect_logps, learner_config, make_pairs, start
+from tests.learner_setup import collect_logps, learner_config, make_pairs, save, start
 from tests.test_loop import make_parts
 from tests.test_step_checkpoints_learner import state_of, timeless
 
@@ -115,7 +115,7 @@ def test_it_is_halved_until_it_fits_and_stays_so(tiny_model: Path, tmp_path: Pat
     assert len(tried) >= 2 and tried[0] > 3 * 34
     sizes = [step["micro_batch_tokens"] for step in steps]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= 34
-    learner.save(1, tmp_path / "policy", tmp_path / "trainer")
+    save(learner, 1, tmp_path / "policy", tmp_path / "trainer")
     other = make(tiny_model, micro_batch_tokens=100_000)
     other.load(Policy(version=1, path=tmp_path / "policy"), tmp_path / "trainer")
     (step, *_) = train(other, reference)
@@ -202,7 +202,7 @@ def test_a_setting_that_was_changed_holds_and_a_halving_too(tiny_model: Path, tm
         learner = make(tiny_model, micro_batch_tokens=100)
         fails(learner, cpu_error, lambda count, tokens, folder=folder: count == 1 and folder == "halved")
         train(learner, reference)
-        learner.save(1, tmp_path / folder / "policy", tmp_path / folder / "trainer")
+        save(learner, 1, tmp_path / folder / "policy", tmp_path / folder / "trainer")
     assert [resumed("whole", micro_batch_tokens=size) for size in (50, 100, 200)] == [50, 100, 200]
     low = learner._scoring.micro_batch_tokens
     assert low < 60 and [resumed("halved", micro_batch_tokens=size) for size in (10, 100, 200)] == [10, low, low]
@@ -248,7 +248,7 @@ def test_whatever_comes_of_its_work_is_heard(tiny_model: Path, tmp_path: Path) -
     passes.clear()
     assert heard(lambda: train(learner, reference)) == len(passes) > 3
     folders = tmp_path / "policy", tmp_path / "trainer"
-    assert heard(lambda: learner.save(1, *folders)) > 3 * tensors
+    assert heard(lambda: save(learner, 1, *folders)) > 3 * tensors
     assert heard(lambda: learner.load(Policy(version=1, path=folders[0]), folders[1])) >= 3 * tensors
 
 

@@ -30,6 +30,7 @@ from tests.learner_setup import (
     make_labels,
     make_learner,
     make_pairs,
+    save,
 )
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_thread")]
@@ -54,7 +55,7 @@ def scenario(model: Path, out: Path, lora: LoraConfig | None, ranks: int) -> dic
     learner = make_learner(model, config)
     reference = collect_logps(learner.logps, PAIRS, start)
     steps = list(learner.update(1, PAIRS, reference, reference))
-    learner.save(1, out / "policy1", out / "trainer1")
+    save(learner, 1, out / "policy1", out / "trainer1")
     first = Policy(version=1, path=out / "policy1", is_adapter=lora is not None)
     found: dict[str, Any] = {"logps0": reference, "probe": learner.token_logps([5, 6, 7, 8, 9])}
     found["logps1"] = collect_logps(learner.logps, MORE, first)
@@ -75,13 +76,13 @@ def scenario(model: Path, out: Path, lora: LoraConfig | None, ranks: int) -> dic
             learner.load(first, out / "trainer1")
         steps2 = learner.update(2, MORE, found["logps1"], None, plan=plan)
         found[name] = [*(plan.metrics if plan else ()), *steps2]
-        learner.save(2, out / f"policy2-{name}", out / f"trainer2-{name}")
+        save(learner, 2, out / f"policy2-{name}", out / f"trainer2-{name}")
     found["logps1 from disk"] = collect_logps(learner.logps, MORE, first)
     second = Policy(version=2, path=out / "policy2-resumed", is_adapter=lora is not None)
     found["logps2"] = collect_logps(learner.logps, ONE, second)
     away = {"chosen": found["logps2"]["chosen"] - 1, "rejected": found["logps2"]["rejected"]}
     found["one pair"] = list(learner.update(3, ONE, away, None))
-    learner.save(3, out / "policy3", out / "trainer3")
+    save(learner, 3, out / "policy3", out / "trainer3")
     found["losses"] = {}
     for names, examples in MIXTURES.items():
         learner = make_mixture(model, config, names)
@@ -97,7 +98,7 @@ def scenario(model: Path, out: Path, lora: LoraConfig | None, ranks: int) -> dic
     for names in SKIPPING:
         learner = make_mixture(model, config, names, skip_nonfinite=True)
         found["skipping " + "+".join(names)] = list(learner.update(1, PAIRS, ill, None))
-        learner.save(1, out / f"policy-skipping-{names[0]}", out / f"trainer-skipping-{names[0]}")
+        save(learner, 1, out / f"policy-skipping-{names[0]}", out / f"trainer-skipping-{names[0]}")
     learner = make_learner(model, config)
     with pytest.raises(NonFiniteError, match="step was not applied"):
         list(learner.update(1, PAIRS, ill, None))

@@ -32,8 +32,9 @@ def ledger(tmp_path):
 
 
 def write_round(ledger: Ledger, round_: int, reference: Reference = Reference(round=0)) -> None:
-    with ledger.weights(round_) as (policy, trainer, _):
+    with ledger.weights(round_, "policy") as (policy, _):
         (policy / "model.safetensors").write_bytes(bytes(range(100)))
+    with ledger.weights(round_, "trainer") as (trainer, _):
         (trainer / "state.json").write_text("{}")
     if reference == Reference(round=round_, blended=True):
         with ledger.blended_weights(round_) as folder:
@@ -214,10 +215,11 @@ def test_scores_go_with_the_responses_they_were_given_to(ledger):
 def test_what_a_disk_made_of_weights_is_held_against_what_it_was_given(ledger):
     """The writer's own hash counts, where it has one."""
     given = hashlib.sha256(b"moments").hexdigest()
-    with ledger.weights(1) as (policy, trainer, hashes):
+    with ledger.weights(1, "policy") as (policy, _):
         (policy / "model.safetensors").write_bytes(b"weights")
+    with ledger.weights(1, "trainer") as (trainer, hashes):
         (trainer / "optimizer.safetensors").write_bytes(b"monents")
-        hashes["trainer/optimizer.safetensors"] = given
+        hashes["optimizer.safetensors"] = given
     ledger.write_trained(1, Trained(steps=[], token_logps=[]))
     commit = ledger.commit(1, is_adapter=False, reference=Reference(round=0), probe=PROBE)
     assert commit.files["trainer/optimizer.safetensors"]["sha256"] == given
@@ -228,7 +230,7 @@ def test_what_a_disk_made_of_weights_is_held_against_what_it_was_given(ledger):
 
 def test_weights_that_arrived_elsewhere_are_not_committed(ledger):
     """As on a cluster whose nodes do not share run.dir."""
-    with pytest.raises(LedgerError, match=r"run\.dir must be a folder that every node"), ledger.weights(1):
+    with pytest.raises(LedgerError, match=r"run\.dir must be a folder that every node"), ledger.weights(1, "policy"):
         pass
     assert not (ledger.round_dir(1) / "policy").exists()
 
@@ -314,7 +316,10 @@ def test_torn_json_is_named(ledger):
 @pytest.mark.parametrize("text", ["[Errno 28] No space left on device", "I/O: No space left on device (os error 28)"])
 def test_a_full_disk_leaves_nothing_torn_and_says_so(ledger, text):
     write_round(ledger, 1)
-    with pytest.raises(LedgerError, match="no space left for .* free some space"), ledger.weights(1) as (p, _, _):
+    with (
+        pytest.raises(LedgerError, match="no space left for .* free some space"),
+        ledger.weights(1, "policy") as (p, _),
+    ):
         (p / "model.safetensors").write_bytes(b"half")
         raise RuntimeError(text)
     assert not list(ledger.round_dir(1).glob(f"*{files.TMP}"))

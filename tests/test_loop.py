@@ -465,13 +465,13 @@ def test_old_weights_are_pruned_but_not_the_reference(tmp_path):
 
 def test_the_best_policy_is_never_pruned(tmp_path):
     parts = make_parts(make_config(tmp_path, loop__rounds=6, checkpoint__keep=1))
-    save = parts.learner.save
+    save = parts.learner.save_policy
 
-    def sink(round_, *folders):
+    def sink(round_, folder):
         parts.learner.skill = {1: 1.0, 2: 6.0}.get(round_, 2.0)
-        return save(round_, *folders)
+        save(round_, folder)
 
-    parts.learner.save = sink
+    parts.learner.save_policy = sink
     summaries = run_rounds(parts)
     assert max(summaries, key=lambda summary: summary["score"]["mean"])["policy_version"] == 2
     assert {r for r in range(1, 7) if (parts.ledger.round_dir(r) / "policy").exists()} == {2, 6}
@@ -490,8 +490,8 @@ def test_a_mean_of_policies_goes_on_from_the_one_before_and_old_ones_are_pruned(
     reference = {"kind": "ema", "alpha": 0.25, "every": 2}
     parts = make_parts(make_config(tmp_path, reference=reference, loop__rounds=5, checkpoint__keep=2))
     skill = {0: 0.0}
-    save = parts.learner.save
-    parts.learner.save = lambda r, *folders: (skill.__setitem__(r, parts.learner.skill), save(r, *folders))[1]
+    save = parts.learner.save_policy
+    parts.learner.save_policy = lambda r, folder: (skill.__setitem__(r, parts.learner.skill), save(r, folder))
     run_rounds(parts)
     named = [parts.ledger.committed(r).reference for r in range(6)]
     assert named == [Reference(round=r, blended=r > 0) for r in (0, 0, 2, 2, 4, 4)]

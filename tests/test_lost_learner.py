@@ -13,6 +13,8 @@ from online_po.types import Policy
 from tests.fakes import FakeLearner, SickLearner, make_config
 from tests.test_loop import content, make_parts
 
+NUMBERED = ("load", "update", "save_policy", "save_trainer")
+
 
 class MortalLearner:
     """Dies once after everything that it can have done since it was started (each step of an update counts), at most
@@ -44,9 +46,8 @@ class MortalLearner:
     def _begin(self, name: str, *args: Any) -> None:
         assert not self.dead, "asked though it is dead"
         # Rounds and versions tell two rounds' work apart; nothing else does.
-        self.log.append(
-            (name, *(getattr(arg, "version", arg) for arg in args[:1] if name in ("load", "update", "save")))
-        )
+        told = args[:1] if name in NUMBERED else ()
+        self.log.append((name, *(getattr(arg, "version", arg) for arg in told)))
 
     def _may_die(self) -> None:
         self.done = (*self.done, self.log[-1])

@@ -24,6 +24,7 @@ from tests.learner_setup import (
     make_learner,
     make_pairs,
     plain_logps,
+    save,
     start,
     train,
 )
@@ -163,7 +164,7 @@ def test_a_saved_policy_is_a_transformers_folder(tied: bool, tmp_path: Path) -> 
     pairs = make_pairs(8)
     learner = make_learner(model, learner_config())
     train(learner, 1, pairs, collect_logps(learner.logps, pairs, start(model)))
-    learner.save(1, tmp_path / "policy", tmp_path / "trainer")
+    save(learner, 1, tmp_path / "policy", tmp_path / "trainer")
     assert {file.name for file in model.iterdir()} == {file.name for file in (tmp_path / "policy").iterdir()}
     saved, info = AutoModelForCausalLM.from_pretrained(tmp_path / "policy", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -180,7 +181,7 @@ def test_a_saved_adapter_is_a_peft_folder(model: Path, tmp_path: Path) -> None:
     pairs = make_pairs(8)
     learner = make_learner(model, learner_config(lora=LORA))
     train(learner, 1, pairs, collect_logps(learner.logps, pairs, start(model)))
-    learner.save(1, tmp_path / "policy", tmp_path / "trainer")
+    save(learner, 1, tmp_path / "policy", tmp_path / "trainer")
     settings = json.loads((tmp_path / "policy" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(model)
     assert settings["target_modules"] == sorted(settings["target_modules"])
@@ -190,7 +191,7 @@ def test_a_saved_adapter_is_a_peft_folder(model: Path, tmp_path: Path) -> None:
     found = collect_logps(learner.logps, pairs, policy)["chosen"]
     np.testing.assert_allclose(found, expected, rtol=2e-6)
     assert not np.allclose(found, plain_logps(AutoModelForCausalLM.from_pretrained(model), pairs, "chosen"), atol=0.01)
-    learner.save(2, tmp_path / "again", tmp_path / "trainer")  # saving is repeatable, and ends no training
+    save(learner, 2, tmp_path / "again", tmp_path / "trainer")  # saving is repeatable, and ends no training
     assert (tmp_path / "again" / "adapter_config.json").read_text() == json.dumps(settings, indent=2, sort_keys=True)
     assert train(learner, 3, pairs, collect_logps(learner.logps, pairs, start(model)))
 
@@ -200,7 +201,7 @@ def test_a_generation_config_that_transformers_would_not_save_stops_nothing(mode
     settings = json.loads((model / "generation_config.json").read_text())
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings | {"temperature": 0.6}))
     learner = make_learner(tmp_path / "model", learner_config())
-    learner.save(1, tmp_path / "policy", tmp_path / "trainer")
+    save(learner, 1, tmp_path / "policy", tmp_path / "trainer")
     assert json.loads((tmp_path / "policy" / "generation_config.json").read_text())["temperature"] == 0.6
 
 
@@ -208,7 +209,7 @@ def test_nothing_saved_is_a_pickle(model: Path, tmp_path: Path) -> None:
     learner = make_learner(model, learner_config())
     pairs = make_pairs(8)
     train(learner, 1, pairs, collect_logps(learner.logps, pairs, start(model)))
-    learner.save(1, tmp_path / "policy", tmp_path / "trainer")
+    save(learner, 1, tmp_path / "policy", tmp_path / "trainer")
     suffixes = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
     assert suffixes == {".json", ".jinja", ".safetensors"}
 

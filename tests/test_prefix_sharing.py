@@ -45,7 +45,7 @@ from online_po.sections import LoraConfig, ModelConfig
 from online_po.tables import LABEL_SCHEMA, PAIR_SCHEMA
 from online_po.tree_attention import ATTENTION, Trees
 from scripts.make_tiny_model import make_tiny_model
-from tests.learner_setup import VOCABULARY, collect_logps, learner_config, start
+from tests.learner_setup import VOCABULARY, collect_logps, learner_config, save, start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -416,5 +416,5 @@ def test_a_learner_says_where_it_cannot_and_is_silent_where_it_is_not_asked(tmp_
         source = ModelConfig(path=str(folder), attention=attention)  # type: ignore[arg-type]
         learner = TorchLearner(source, learner_config(prefix_sharing=asked), losses, seed=7, rounds=3)
         assert (why or "None") in str(learner.sharing.why_not)
-        learner.save(1, tmp_path / "policy", tmp_path / "trainer")
+        save(learner, 1, tmp_path / "policy", tmp_path / "trainer")
         assert ATTENTION not in (tmp_path / "policy" / "config.json").read_text()

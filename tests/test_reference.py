@@ -32,6 +32,7 @@ from tests.learner_setup import (
     make_learner,
     make_pairs,
     plain_logps,
+    save,
     start,
     train,
 )
@@ -139,7 +140,7 @@ def trained(model: Path, out: Path, lora: LoraConfig, alpha: float, **settings: 
     policies, mean = [], start(model)
     for round_ in (1, 2):
         train(learner, round_, pairs, collect_logps(learner.logps, pairs, start(model)))
-        learner.save(round_, out / f"policy{round_}", out / f"trainer{round_}")
+        save(learner, round_, out / f"policy{round_}", out / f"trainer{round_}")
         learner.blend(mean, alpha, out / f"reference{round_}")
         mean = Policy(version=round_, path=out / f"reference{round_}", is_adapter=True, blended=True)
         policies.append(Policy(version=round_, path=out / f"policy{round_}", is_adapter=True))
@@ -165,7 +166,7 @@ def test_looking_at_other_policies_changes_nothing_in_training(model: Path, tmp_
                 half_read.close()
         assert flags(learner) == before
         steps = train(learner, 3, pairs, {side: np.zeros(12, np.float32) for side in SIDES})
-        learner.save(3, tmp_path / str(looks) / "policy3", tmp_path / str(looks) / "trainer3")
+        save(learner, 3, tmp_path / str(looks) / "policy3", tmp_path / str(looks) / "trainer3")
         ends.append((steps, *((tmp_path / str(looks) / name).read_bytes() for name in
                               ("policy3/adapter_model.safetensors", "trainer3/optimizer.safetensors"))))  # fmt: skip
     assert ends[0] == ends[1]

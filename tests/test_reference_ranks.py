@@ -23,6 +23,7 @@ from tests.learner_setup import (
     learner_config,
     make_learner,
     make_pairs,
+    save,
 )
 from tests.reference_runs import (
     LORA,
@@ -105,7 +106,7 @@ def bfloat16(model: Path, out: Path, ranks: int) -> list[dict[str, np.ndarray]]:
     start = Policy(version=0, path=model)
     reference = collect_logps(learner.logps, PAIRS, start)
     list(learner.update(1, PAIRS, reference, None))
-    learner.save(1, out / "policy1", out / "trainer1")
+    save(learner, 1, out / "policy1", out / "trainer1")
     learner.blend(start, 0.6, out / "reference1")
     first = Policy(version=1, path=out / "policy1", is_adapter=True)
     own = collect_logps(learner.logps, PAIRS, first)

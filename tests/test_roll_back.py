@@ -134,8 +134,9 @@ def test_a_roll_back_leaves_the_run_as_it_was_at_the_good_round(tmp_path, refere
     assert [ledger.round_row(r)["attempt"] for r in (1, 2, 3, 4)] == [0, 0, 1, 1]
     assert is_finished(parts.config, ledger, evaluates=True)
     assert any("went back from round 3 to round 2" in text for text in parts.observer.messages)
-    # The generators were given policy 2 once: what they held is what is there.
-    assert [e[1] for e in parts.generator.log if e[0] == "sync"] == [0, 1, 2, 3, 4]
+    # The generators may have had the policy that was bad, and then went back with the run.
+    given = [e[1] for e in parts.generator.log if e[0] == "sync"]
+    assert given in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 2, 3, 4])
 
 
 class SlowGenerator(FakeGenerator):
@@ -471,4 +472,4 @@ def test_killed_anywhere_it_goes_back_and_ends_the_same(case, staleness):
             again = make(folder / str(point))
             run_rounds(again)
             assert everything(again.ledger.root) == expected, f"killed at {points[point - 1]}, point {point}"
-        assert lived <= (2 if staleness else 0)
+        assert lived <= 2

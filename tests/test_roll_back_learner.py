@@ -14,7 +14,7 @@ from online_po.ledger import Ledger
 from online_po.loop import run_rounds
 from online_po.types import Policy, SyncReport
 from tests.fakes import FakeGenerator, make_config
-from tests.learner_setup import learner_config, make_learner, make_pairs
+from tests.learner_setup import learner_config, make_learner, make_pairs, save
 from tests.test_loop import make_parts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +51,7 @@ class Ill:
         self.learner.load(policy, trainer_dir)
         for name in ("policy", "trainer"):
             (self.saved / name).mkdir(parents=True)
-        self.learner.save(policy.version, self.saved / "policy", self.saved / "trainer")
+        save(self.learner, policy.version, self.saved / "policy", self.saved / "trainer")
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4}])
@@ -87,6 +87,6 @@ def test_back_to_the_start_is_a_new_learner(tmp_path, tiny_model, lora):
         list(each.update(1, pairs, reference, None))
         for kind in ("policy", "trainer"):
             (tmp_path / name / kind).mkdir(parents=True)
-        each.save(1, tmp_path / name / "policy", tmp_path / name / "trainer")
+        save(each, 1, tmp_path / name / "policy", tmp_path / name / "trainer")
     saved = [files_of(tmp_path / name / "policy", tmp_path / name / "trainer") for name in "ab"]
     assert saved[0] == saved[1]

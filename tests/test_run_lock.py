@@ -226,7 +226,7 @@ def test_who_was_taken_over_writes_nothing_any_more(tmp_path, blind, write):
                 case "metrics":
                     ledger.write_metrics(1, [{}])
                 case "trained":
-                    ledger._hashed[1] = {}
+                    ledger._hashed |= {(1, "policy"): {}, (1, "trainer"): {}}
                     ledger.write_trained(1, Trained(steps=[], token_logps=[]))
                 case "evaluation":
                     ledger.write_evaluation(1, pa.table({}), {})
@@ -235,7 +235,7 @@ def test_who_was_taken_over_writes_nothing_any_more(tmp_path, blind, write):
                 case "prune":
                     ledger.prune(3, 1, {}, None)
                 case "weights":
-                    with ledger.weights(1):
+                    with ledger.weights(1, "policy"):
                         pass
                 case "blended":
                     with ledger.blended_weights(1):
@@ -245,25 +245,24 @@ def test_who_was_taken_over_writes_nothing_any_more(tmp_path, blind, write):
         assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_who_is_taken_over_while_it_saves_leaves_what_the_new_owner_saves(tmp_path, blind, monkeypatch):
+@pytest.mark.parametrize("part", ["policy", "trainer"])
+def test_who_is_taken_over_while_it_saves_leaves_what_the_new_owner_saves(tmp_path, blind, monkeypatch, part):
     ledger, new = Ledger(tmp_path), Ledger(tmp_path)
     monkeypatch.setattr(files, "WRITER", "old")
     with ledger.lock():
         with pytest.raises(LedgerError, match="was taken over by process 4711 on other"):
-            with ledger.weights(1) as (policy, trainer, _):
-                (policy / "w").write_text("old")
-                (trainer / "w").write_text("old")
+            with ledger.weights(1, part) as (folder, _):
+                (folder / "w").write_text("old")
                 unheard(tmp_path, STALE_S + 20)
                 new.run_lock = RunLock(tmp_path, me=ELSEWHERE)
                 new.run_lock.acquire()
                 monkeypatch.setattr(files, "WRITER", "new")
-                saving = new.weights(1)
-                policy, trainer, _ = saving.__enter__()
-                (policy / "w").write_text("new")
-                (trainer / "w").write_text("new")
+                saving = new.weights(1, part)
+                folder, _ = saving.__enter__()
+                (folder / "w").write_text("new")
                 monkeypatch.setattr(files, "WRITER", "old")
         saving.__exit__(None, None, None)
-    assert [(ledger.round_dir(1) / name / "w").read_text() for name in ("policy", "trainer")] == ["new", "new"]
+    assert (ledger.round_dir(1) / part / "w").read_text() == "new"
 
 
 def test_who_is_taken_over_while_it_trains_trains_no_further(tmp_path, blind):

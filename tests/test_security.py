@@ -73,11 +73,15 @@ def trained(tmp_path_factory, tiny_model) -> Path:
     parts = make_parts(config)
     fake = parts.learner
 
-    def save(round_: int, policy: Path, trainer: Path) -> dict[str, str]:
-        fake.__class__.save(fake, round_, policy, trainer)
-        return learner.save(round_, policy, trainer)
+    def save_policy(round_: int, folder: Path) -> None:
+        fake.__class__.save_policy(fake, round_, folder)
+        learner.save_policy(round_, folder)
 
-    parts.learner.save = save
+    def save_trainer(round_: int, folder: Path) -> dict[str, str]:
+        fake.__class__.save_trainer(fake, round_, folder)
+        return learner.save_trainer(round_, folder)
+
+    parts.learner.save_policy, parts.learner.save_trainer = save_policy, save_trainer
     run_rounds(parts)
     return parts.ledger.root
 

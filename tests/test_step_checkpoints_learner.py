@@ -24,7 +24,7 @@ from online_po.sections import LoraConfig, ModelConfig
 from online_po.step_checkpoints import StepPlan, newest_whole
 from online_po.types import Policy, Reference
 from tests.fakes import make_config
-from tests.learner_setup import collect_logps, learner_config, make_labels, make_learner, make_pairs, start
+from tests.learner_setup import collect_logps, learner_config, make_labels, make_learner, make_pairs, save, start
 from tests.test_loop import make_parts
 from tests.test_roll_back_learner import AnyGenerator
 
@@ -42,7 +42,7 @@ CASES = {
 
 def state_of(learner: Any, folder: Path) -> dict[str, bytes]:
     """Every byte that the learner would commit."""
-    learner.save(2, folder / "policy", folder / "trainer")
+    save(learner, 2, folder / "policy", folder / "trainer")
     return {path.parent.name + path.name: path.read_bytes() for path in sorted(folder.rglob("*.*"))}
 
 
@@ -63,7 +63,7 @@ def test_stopped_after_any_step_a_round_ends_the_same(tiny_model: Path, tmp_path
     learner = make()
     reference = collect_logps(learner.logps, examples, start(tiny_model))
     list(learner.update(1, examples, reference, None))
-    learner.save(1, tmp_path / "policy", tmp_path / "trainer")
+    save(learner, 1, tmp_path / "policy", tmp_path / "trainer")
 
     def update(learner: Any, folder: str, every: int | None) -> Iterator[dict[str, float]]:
         after, damaged = newest_whole(tmp_path / folder)

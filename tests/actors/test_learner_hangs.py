@@ -18,7 +18,7 @@ from online_po.config import Config
 from online_po.errors import EngineError, LearnerLostError, LearnerMemoryError
 from online_po.types import Policy
 from tests.fakes import FakeObserver, make_config
-from tests.learner_setup import collect_logps, make_pairs
+from tests.learner_setup import collect_logps, make_pairs, save
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("cluster")]
 PAIRS = make_pairs(12)
@@ -121,8 +121,8 @@ def test_ranks_without_memory_begin_again_with_less_to_do_at_once(tmp_path: Path
             assert other["loss"] == pytest.approx(step["loss"], rel=1e-4)
         two.on_rank_1(no_memory_to_save)
         with pytest.raises(
-            LearnerMemoryError, match=r"out of memory in `save` \(OutOfMemoryError: CUDA.*learner\.lora"
+            LearnerMemoryError, match=r"out of memory in `save_policy` \(OutOfMemoryError: CUDA.*learner\.lora"
         ):
-            two.group.save(1, tmp_path / "policy", tmp_path / "trainer")
+            save(two.group, 1, tmp_path / "policy", tmp_path / "trainer")
     finally:
         two.group.close()

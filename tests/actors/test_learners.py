@@ -18,7 +18,7 @@ from online_po.config import Config
 from online_po.errors import ConfigError, LearnerLostError, NonFiniteError, OnlinePOError
 from online_po.types import Policy
 from tests.fakes import FakeObserver
-from tests.learner_setup import collect_logps, make_pairs
+from tests.learner_setup import collect_logps, make_pairs, save
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("cluster")]
 PAIRS = make_pairs(12)
@@ -51,7 +51,7 @@ def work(group: LearnerGroup, model: Path, out: Path) -> dict[str, Any]:
     group.ready(120)
     reference = collect_logps(group.logps, PAIRS, Policy(version=0, path=model))
     steps = list(group.update(1, PAIRS, reference, reference))
-    group.save(1, out / "policy", out / "trainer")
+    save(group, 1, out / "policy", out / "trainer")
     probe = group.token_logps([5, 6, 7, 8])
     list(group.update(2, PAIRS, reference, None))
     assert group.token_logps([5, 6, 7, 8]) != probe

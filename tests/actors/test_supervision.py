@@ -184,7 +184,7 @@ def test_everything_that_an_actor_is_at_has_a_limit():
     texts = [path.read_text() for path in folder.glob("*.py")]
     named = {name for text in texts for name in re.findall(r"progress\.at\(\"(\w+)\"\)", text)}
     named |= {name for text in texts for name in re.findall(r"self\._(?:call|stream)\(\"(\w+)\"", text)}
-    assert named >= {"start", "judge", "generate", "sync", "answer", "update", "save"}
+    assert named >= {"start", "judge", "generate", "sync", "answer", "update", "save_policy", "save_trainer"}
     assert named <= limits_by_call(LimitsConfig(), 1.0).keys()
 
 
