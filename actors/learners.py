@@ -40,9 +40,9 @@ BLAME_SECONDS = 5.0
 class _Rank:
     """One rank in its own process."""
 
-    def __init__(self, config: Config, rank: int, threads: int, micro_batch_tokens: int) -> None:
+    def __init__(self, config: Config, rank: int, threads: int, micro_batch_tokens: int, recompute: bool) -> None:
         self.config, self.rank, self.threads = config, rank, threads
-        self.micro_batch_tokens = micro_batch_tokens
+        self.micro_batch_tokens, self.recompute = micro_batch_tokens, recompute
         self.progress = Progress()
 
     @ray.method(concurrency_group="pulse")
@@ -89,6 +89,7 @@ class _Rank:
             rounds=self.config.loop.rounds,
             skip_nonfinite=self.config.guards.nonfinite.action == "warn",
             micro_batch_tokens=self.micro_batch_tokens,
+            recompute=self.recompute,
             tick=self.progress.tick,
         )
 
@@ -163,13 +164,15 @@ class LearnerGroup:
         """What ranks begin with."""
         self._held_tokens = self._micro_batch_tokens
         """What they were last heard to hold."""
+        self._recompute = False
+        """Whether they recompute activations from the start, where the config leaves that open."""
         self._start()
 
     def _start(self) -> None:
         ranks = range(self._config.learner.ranks)
         self._ranks = [
             self._actor.options(**self._place.options("learner", rank)).remote(
-                self._config, rank, self._threads, self._micro_batch_tokens
+                self._config, rank, self._threads, self._micro_batch_tokens, self._recompute
             )
             for rank in ranks
         ]
@@ -211,9 +214,12 @@ class LearnerGroup:
         """See `online_po.protocols.Learner.restart`."""
         began = time.monotonic()
         while True:
-            if lost.memory:
+            if lost.recompute:
+                self._recompute = True
+                self._supervisor.tell(f"{lost}; its ranks recompute activations from here on")
+            elif lost.memory:
                 self._halve(lost)
-            if lost.smaller is None:
+            if lost.smaller is None and not lost.recompute:
                 self._supervisor.lost("the learner", str(lost))
             self.close()
             self._start()
@@ -343,8 +349,9 @@ class LearnerGroup:
         if not isinstance(error, RayTaskError):
             cause = self._supervisor.why(self._ranks[rank], death(error))
             return 1, LearnerLostError(f"rank {rank} is dead: {cause}", memory=is_out_of_memory(error))
-        if isinstance(error.cause, LearnerMemoryError) and error.cause.smaller is not None:
-            return 0, LearnerLostError(str(error.cause), memory=True, smaller=error.cause.smaller)
+        if isinstance(error.cause, LearnerMemoryError) and (error.cause.smaller is not None or error.cause.recompute):
+            found = error.cause
+            return 0, LearnerLostError(str(found), memory=True, smaller=found.smaller, recompute=found.recompute)
         if isinstance(error.cause, OnlinePOError):
             return 0, error.cause
         reason = f"{type(error.cause).__name__}: {first_line(error.cause)}"[:500]

@@ -101,13 +101,16 @@ class EngineError(OnlinePOError):
 class LearnerLostError(EngineError):
     """A rank of the learner died, hung, or had too little memory, and the group ended with it; it can be started again.
 
-    memory: for want of memory: smaller micro-batches may help. smaller: how small to make them, where that is known; it
-    was no death then.
+    memory: for want of memory: smaller micro-batches may help. smaller: how small to make them, where that is known;
+    recompute: where they are as small as they can be, and activations may still be recomputed. With either of them it
+    was no death.
     """
 
-    def __init__(self, cause: str, *, memory: bool = False, smaller: int | None = None) -> None:
+    def __init__(
+        self, cause: str, *, memory: bool = False, smaller: int | None = None, recompute: bool = False
+    ) -> None:
         super().__init__(cause)
-        self.memory, self.smaller = memory, smaller
+        self.memory, self.smaller, self.recompute = memory, smaller, recompute
 
 
 class NonFiniteError(OnlinePOError):
@@ -118,12 +121,12 @@ class LearnerMemoryError(OnlinePOError):
     """The learner has too little memory for what it was asked.
 
     smaller: tokens of a micro-batch that all ranks may go on with from the beginning, where one of several has too
-    little; None: smaller micro-batches do not help.
+    little; None: smaller micro-batches do not help. recompute: they may go on so if they recompute activations.
     """
 
-    def __init__(self, message: str, *, smaller: int | None = None) -> None:
+    def __init__(self, message: str, *, smaller: int | None = None, recompute: bool = False) -> None:
         super().__init__(message)
-        self.smaller = smaller
+        self.smaller, self.recompute = smaller, recompute
 
 
 class GuardError(OnlinePOError):

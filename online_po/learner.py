@@ -62,7 +62,8 @@ class TorchLearner:
     Raises ConfigError where the model cannot be loaded or used, or `learner.ranks` is not the size of the
     process group. `rounds` is the length of the run, for the learning rate. `skip_nonfinite`: a step whose loss or
     gradients are not finite is left out; else it raises NonFiniteError. Either way it is never applied.
-    `micro_batch_tokens`: less than configured, where that is known to be too much. `tick` is called whenever something
+    `micro_batch_tokens`: less than configured, where that is known to be too much. `recompute`: whether activations
+    are recomputed from the start, where the config leaves that open. `tick` is called whenever something
     came of its work: a micro-batch, a tensor that was gathered from ranks or spread over them.
     """
 
@@ -76,6 +77,7 @@ class TorchLearner:
         rounds: int,
         skip_nonfinite: bool = False,
         micro_batch_tokens: int | None = None,
+        recompute: bool = False,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         self.model_config, self.config, self.losses = model, learner, losses
@@ -96,12 +98,15 @@ class TorchLearner:
         self.model, self.scorer, self.sharing = self._build()
         self._most_tokens = min(learner.micro_batch_tokens, micro_batch_tokens or learner.micro_batch_tokens)
         self._tick = tick
+        self._recomputes, self._recomputed_first = False, bool(learner.gradient_checkpointing or recompute)
+        self._set_recomputing(self._recomputed_first)
         self._scoring = Scoring(
             self.scorer,
             learner,
             self.device,
             with_prefix=self.objective.with_prefix,
             longest_shared=self.sharing.longest,
+            recompute=self._begin_recomputing,
             tick=tick,
         )
         self._scoring.micro_batch_tokens = self._most_tokens
@@ -143,13 +148,12 @@ class TorchLearner:
         model: PreTrainedModel | PeftModel = causal_lm
         if self.config.lora is not None:
             model = policy_model.add_adapters(causal_lm, self.config.lora, config.path, self.seed)
-        if self.config.gradient_checkpointing:
-            if not layers:
-                raise ConfigError(
-                    f"learner.gradient_checkpointing is true, but {type(causal_lm).__name__} (model.path "
-                    f"{config.path!r}) has no list of layers to recompute one by one; set it to false"
-                )
-            policy_model.checkpoint_activations(layers)
+        if self.config.gradient_checkpointing and not layers:
+            raise ConfigError(
+                f"learner.gradient_checkpointing is true, but {type(causal_lm).__name__} (model.path "
+                f"{config.path!r}) has no list of layers to recompute one by one; set it to false"
+            )
+        self._layers = layers
         scorer = LogpModel(causal_lm)
         if self.ranks == 1:
             return model.to(self.device), scorer.to(self.device), sharing
@@ -159,6 +163,19 @@ class TorchLearner:
         mesh = init_device_mesh(self.device.type, (self.ranks,))
         policy_model.shard(scorer, layers, mesh, self.compute_dtype, whole)
         return model, scorer, sharing
+
+    def _set_recomputing(self, on: bool) -> None:
+        """Whether activations are recomputed in backward, or kept."""
+        if on != self._recomputes:
+            (policy_model.checkpoint_activations if on else policy_model.keep_activations)(self._layers)
+            self._recomputes = on
+
+    def _begin_recomputing(self) -> bool:
+        """Where memory ran out with a single example, and it is left open. False where it does not help."""
+        if self._recomputes or self.config.gradient_checkpointing is not None or not self._layers:
+            return False
+        self._set_recomputing(True)
+        return True
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -227,7 +244,8 @@ class TorchLearner:
         clipping. learning_rate. pairs, or labels with desirable and undesirable: examples of the step; tokens: their
         response tokens. micro_batch_tokens: where it is less than configured, as memory ran out in this step or
         before (the step was then made again from its beginning: the same but for rounding, and for what LoRA's
-        dropout leaves out). importance_weight: mean, under importance_cap. seconds.
+        dropout leaves out). recomputes: 1 where activations are recomputed though it was not asked for, for the same
+        reason. importance_weight: mean, under importance_cap. seconds.
 
         Raises NonFiniteError, with the step not applied, where loss or gradients are not finite; with `skip_nonfinite`
         the step is left out instead, and its metrics are skipped: 1, the counts, learning_rate and seconds.
@@ -255,6 +273,8 @@ class TorchLearner:
                 where = f"round {round_}, step {step + 1} of {steps}"
                 dropout_seed = stable_seed(self.seed, "dropout", round_, step, self.rank)
                 metrics = self._stepper.take(known, rows, dropout_seed, where) | {"learning_rate": rate}
+                if self._recomputes and not self.config.gradient_checkpointing:
+                    metrics["recomputes"] = 1.0
                 made.append(metrics)
                 if plan.is_due(step + 1, steps):
                     self._save_step(step + 1, made, writer)
@@ -409,6 +429,8 @@ class TorchLearner:
         state = {"format": STATE_VERSION, **of, "torch": torch.__version__, "means": self.objective.means}
         if self._scoring.micro_batch_tokens < self.config.micro_batch_tokens:
             state["micro_batch_tokens"] = self._scoring.micro_batch_tokens
+        if self._recomputes and not self.config.gradient_checkpointing:
+            state["recomputes"] = True
         return json.dumps(state, indent=1) + "\n"
 
     def _load_trainer(self, folder: Path, **of: int) -> None:
@@ -425,6 +447,8 @@ class TorchLearner:
         self.objective.means = state["means"]
         # What was lowered stays so; the setting may be another one now.
         self._scoring.micro_batch_tokens = min(self._most_tokens, state.get("micro_batch_tokens", self._most_tokens))
+        if self.config.gradient_checkpointing is None:
+            self._set_recomputing(self._recomputed_first or state.get("recomputes", False))
 
     def _start_again(self, start: Policy) -> None:
         """As a new learner: adapters as they were first drawn, or the starting model's weights; no optimizer state."""
@@ -438,6 +462,7 @@ class TorchLearner:
         self.optimizer.state.clear()
         self.objective.means = {}
         self._scoring.micro_batch_tokens = self._most_tokens
+        self._set_recomputing(self._recomputed_first)
         self.version = 0
 
     def _barrier(self) -> None:

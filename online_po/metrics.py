@@ -28,7 +28,7 @@ SUMMED = ("pairs", "labels", "desirable", "undesirable", "tokens", "seconds", "s
 and left out."""
 PER_TOKEN = ("entropy",)
 """Step metrics that are means over response tokens: weighted by those, not by pairs."""
-PER_STEP = ("grad_norm", "learning_rate", "micro_batch_tokens")
+PER_STEP = ("grad_norm", "learning_rate", "micro_batch_tokens", "recomputes")
 """Step metrics of the optimizer step itself: every step counts once."""
 
 

@@ -164,6 +164,12 @@ def checkpoint_activations(layers: list[nn.Module]) -> None:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
+def keep_activations(layers: list[nn.Module]) -> None:
+    """Undoes `checkpoint_activations`."""
+    for layer in layers:
+        del layer.forward
+
+
 @contextmanager
 def lora_dropout(model: nn.Module, seed: int) -> Iterator[None]:
     """LoRA's dropout is on inside the block, drawn from `seed` alone; the model's own stays off."""

@@ -209,13 +209,14 @@ def train_round(parts: Parts, round_: int, hand_over: Callable[[Policy, Probe], 
 def told(parts: Parts, round_: int, plan: StepPlan, steps: Iterable[dict[str, float]]) -> Iterator[dict[str, float]]:
     """The steps' metrics, each told as it comes. Where the run is asked to stop, it does once the next step checkpoint
     is whole; without one, after the commit."""
-    configured = held = float(parts.config.learner.micro_batch_tokens)
+    held: tuple[float, float | None] = (configured := float(parts.config.learner.micro_batch_tokens)), None
     awaited: int | None = None
     for step, metrics in enumerate(steps, 1):
         parts.observer.step(round_, metrics)
-        if (now := metrics.get("micro_batch_tokens", configured)) != held:
-            text = f"micro-batches hold {now:.0f} tokens (learner.micro_batch_tokens: {configured:.0f}): memory ran out"
-            parts.observer.message(f"round {round_}, step {step}: {text}")
+        if (now := (metrics.get("micro_batch_tokens", configured), metrics.get("recomputes"))) != held:
+            text = f"micro-batches hold {now[0]:.0f} tokens (learner.micro_batch_tokens: {configured:.0f})"
+            text += ", and activations are recomputed" if now[1] else ""
+            parts.observer.message(f"round {round_}, step {step}: {text}: memory ran out")
             held = now
         parts.ledger.run_lock.require_held()  # step checkpoints are written by the learner, which cannot ask
         fail_point("learn.step")

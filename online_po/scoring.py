@@ -64,6 +64,7 @@ class Scoring:
     `with_prefix`: pairs are also scored up to the shorter response's length.
     `longest_shared`: examples share their prompts where none of those that are asked for together has a sequence of
     more tokens.
+    `recompute`: makes the model recompute activations from here on, and returns True; False where it does, or must not.
     `tick` is called after each micro-batch.
     """
 
@@ -75,10 +76,11 @@ class Scoring:
         *,
         with_prefix: bool,
         longest_shared: float = 0,
+        recompute: Callable[[], bool] = lambda: False,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.config, self.device, self.with_prefix = model, config, device, with_prefix
-        self.longest_shared = longest_shared
+        self.longest_shared, self.recompute = longest_shared, recompute
         self.compute_dtype: torch.dtype = getattr(torch, config.compute_dtype)
         self.micro_batch_tokens, self.tick = config.micro_batch_tokens, tick
         """Less than configured once memory ran out; part of the learner's state."""
@@ -96,11 +98,12 @@ class Scoring:
         """Whether the prompts of some rows are shared."""
         return bool((tokens.widths(sides)[rows] <= self.longest_shared).all())
 
-    def make_smaller(self, tokens: Examples, rows: np.ndarray, where: str, fault: str) -> None:
-        """After passes over some rows ran out of memory (`fault`): halves the largest micro-batch, from here on.
+    def make_smaller(self, tokens: Examples, rows: np.ndarray, where: str, fault: str, training: bool = False) -> None:
+        """After passes over some rows ran out of memory (`fault`): halves the largest micro-batch, from here on; where
+        each holds one example already, and it is `training`, activations are recomputed.
 
-        Raises LearnerMemoryError if each holds one example already. Of several ranks too, with what all of them can
-        begin again with: the others are in the midst of passes that this one cannot go through."""
+        Raises LearnerMemoryError if neither helps. Of several ranks too, with what all of them can begin again with:
+        the others are in the midst of passes that this one cannot go through."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -109,11 +112,14 @@ class Scoring:
         held = [batch_tokens(tokens, share, tokens.sides, shared=shared) for share in shares]
         several = [size for size, share in zip(held, shares, strict=True) if len(share) > 1]
         if not several:
-            raise LearnerMemoryError(
-                f"{where}: the learner ran out of memory ({fault}) with one example of {max(held)} tokens in a "
-                "micro-batch; go on with `online-po run CONFIG learner.gradient_checkpointing=true`, or start a new "
-                "run with learner.lora, or less of generator.max_tokens or prompts.max_tokens"
-            )
+            alone = f"{where}: the learner ran out of memory ({fault}) with one example of {max(held)} tokens in a "
+            recomputes = training and self.recompute()
+            if recomputes and self.ranks == 1:
+                return
+            remedy = "start a new run with learner.lora, or less of generator.max_tokens or prompts.max_tokens"
+            if training and self.config.gradient_checkpointing is False:
+                remedy = f"go on with `online-po run CONFIG learner.gradient_checkpointing=true`, or {remedy}"
+            raise LearnerMemoryError(f"{alone}micro-batch; {remedy}", recompute=recomputes)
         smaller = max(several) // 2
         if self.ranks > 1:
             raise LearnerMemoryError(

@@ -250,10 +250,10 @@ class LearnerConfig(Section):
         "sampled them did, per token, and at most by this: truncated importance weights, for responses that are rounds "
         "or steps old (loop.max_staleness). null: no weights.",
     )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="Recompute activations in backward: less memory, slower. May be another one when a run goes on: "
-        "results then differ in rounding at most.",
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Recompute activations in backward: less memory, slower. null: from when a single example does not "
+        "fit into memory without, on. May be another one when a run goes on: results then differ in rounding at most.",
     )
     param_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type weights are kept and saved in; bfloat16 needs learner.lora."

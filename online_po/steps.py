@@ -129,7 +129,7 @@ class Stepper:
                 raise
             fault = first_line(error)
         # Here, where the error is gone, and with it the activations that its traceback held.
-        scoring.make_smaller(known.tokens, rows, where, fault)
+        scoring.make_smaller(known.tokens, rows, where, fault, training=True)
         return None
 
     def _prepare(self, known: Known, rows: np.ndarray, dropout_seed: int) -> _Step:

@@ -18,6 +18,7 @@ from online_po.errors import LearnerMemoryError
 from online_po.learner import TorchLearner
 from online_po.loop import run_rounds
 from online_po.loss_configs import LOSS_BY_NAME
+from online_po.policy_model import decoder_layers
 from online_po.sections import LoraConfig, ModelConfig
 from online_po.step_checkpoints import StepPlan, newest_whole
 from online_po.types import Policy
@@ -68,6 +69,16 @@ def fails(learner: Any, error: Callable[[], None], when: Callable[[int, int], bo
 
 def train(learner: Any, reference: dict[str, np.ndarray], **options: Any) -> list[dict[str, float]]:
     return timeless(list(learner.update(1, PAIRS, reference, None, **options)))
+
+
+def recomputes(learner: Any) -> bool:
+    """Whether its layers recompute what they kept."""
+    (on,) = {"forward" in vars(layer) for layer in decoder_layers(learner.scorer.model)}
+    return on
+
+
+def without_memory(step: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in step.items() if name not in ("micro_batch_tokens", "recomputes")}
 
 
 def without_size(steps: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -142,18 +153,62 @@ def test_a_round_that_goes_on_after_a_step_goes_on_with_its_micro_batches(tiny_m
     assert len(runs[0][0]) == 3 and runs[0] == runs[1]
 
 
-def test_one_pair_that_does_not_fit_is_said_and_nothing_has_changed(tiny_model: Path) -> None:
-    learner = make(tiny_model)
+@pytest.mark.parametrize(
+    ("checkpointing", "remedy"),
+    [
+        (None, "start a new run"),
+        (True, "start a new run"),
+        (False, "go on with .*gradient_checkpointing=true`, or start"),
+    ],
+)
+def test_one_pair_that_does_not_fit_is_said_and_nothing_has_changed(
+    tiny_model: Path, checkpointing: bool | None, remedy: str
+) -> None:
+    learner = make(tiny_model, gradient_checkpointing=checkpointing)
     reference = collect_logps(learner.logps, PAIRS, start(tiny_model))
     before = [p.detach().clone() for p in learner.model.parameters()]
     fails(learner, cpu_error, lambda count, tokens: tokens > 20 and learner.model.training is False)
     message = (
-        r"round 1, step 1 of 3: .*out of memory \(.*can't allocate memory.*\) with one example of \d+ tokens in a .*"
+        r"round 1, step 1 of 3: .*out of memory \(.*can't allocate memory.*\) with one example of \d+ tokens in a "
     )
-    with pytest.raises(LearnerMemoryError, match=message + "gradient_checkpointing=true`, or start a new run"):
+    with pytest.raises(LearnerMemoryError, match=f"{message}micro-batch; {remedy}"):
         train(learner, reference)
     assert all(torch.equal(a, b) for a, b in zip(before, learner.model.parameters(), strict=True))
     assert all(p.grad is None for p in learner.model.parameters())
+
+
+@pytest.mark.parametrize("case", ["full", "lora"])
+def test_activations_are_recomputed_once_a_single_pair_does_not_fit(
+    tiny_model: Path, tmp_path: Path, case: str
+) -> None:
+    learner = make(tiny_model, case)
+    reference = collect_logps(learner.logps, PAIRS, start(tiny_model))
+    fails(learner, cpu_error, lambda count, tokens: tokens > 20 and not recomputes(learner))
+    steps = train(learner, reference)
+    assert [step["recomputes"] for step in steps] == [1.0] * 3 and recomputes(learner)
+    # As if it had begun so, with micro-batches of one pair.
+    told = make(tiny_model, case, gradient_checkpointing=True, micro_batch_tokens=int(steps[0]["micro_batch_tokens"]))
+    expected = train(told, reference)
+    assert [without_memory(step) for step in steps] == expected
+    save(learner, 1, tmp_path / "policy", tmp_path / "trainer")
+    saved = Policy(version=1, path=tmp_path / "policy", is_adapter=case == "lora"), tmp_path / "trainer"
+    for given, goes_on in ((None, True), (False, False), (True, True)):
+        other = make(tiny_model, case, gradient_checkpointing=given)
+        other.load(*saved)
+        assert recomputes(other) == goes_on
+        again = train(other, reference)[0]
+        assert again.get("recomputes") == (1.0 if given is None else None)
+        other.load(start(tiny_model), tmp_path)
+        assert recomputes(other) == (given is True)
+
+
+def test_log_probabilities_recompute_nothing(tiny_model: Path) -> None:
+    """It would not help them."""
+    learner = make(tiny_model)
+    fails(learner, cpu_error, lambda count, tokens: tokens > 20)
+    with pytest.raises(LearnerMemoryError, match=r"^log-probabilities: .*micro-batch; start a new run"):
+        collect_logps(learner.logps, PAIRS, start(tiny_model))
+    assert not recomputes(learner)
 
 
 def test_log_probabilities_too_are_computed_in_smaller_passes(tiny_model: Path) -> None:

@@ -99,6 +99,10 @@ def test_ranks_without_memory_begin_again_with_less_to_do_at_once(tmp_path: Path
 
         rank.learner.scorer.register_forward_pre_hook(fail)
 
+    def no_memory_for_one(rank: Any) -> None:
+        rank.learner._scoring.micro_batch_tokens = 1
+        no_memory(rank)
+
     def no_memory_to_save(rank: Any) -> None:
         def fail(*args: Any) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -119,6 +123,16 @@ def test_ranks_without_memory_begin_again_with_less_to_do_at_once(tmp_path: Path
         assert f"hold {again[0]['micro_batch_tokens']:.0f} tokens instead of 4096" in told
         for step, other in zip(whole, again, strict=True):
             assert other["loss"] == pytest.approx(step["loss"], rel=1e-4)
+        two.group.load(two.start, tmp_path)
+        two.on_rank_1(no_memory_for_one)
+        with pytest.raises(LearnerLostError, match="with one example of .* tokens in a micro-batch") as lost:
+            two.train()
+        two.group.restart(lost.value)
+        assert two.group._supervisor._restarts == {}
+        assert two.observer.messages[-2].endswith("its ranks recompute activations from here on")
+        two.group.load(two.start, tmp_path)
+        for step, other in zip(whole, two.train(), strict=True):
+            assert other["loss"] == pytest.approx(step["loss"], rel=1e-4) and other["recomputes"] == 1
         two.on_rank_1(no_memory_to_save)
         with pytest.raises(
             LearnerMemoryError, match=r"out of memory in `save_policy` \(OutOfMemoryError: CUDA.*learner\.lora"
