@@ -45,7 +45,7 @@ class TransformersEngine:
         self.dtype: str = config.dtype
         if config.dtype == "auto":
             self.dtype = "bfloat16" if self._device.type == "cuda" else "float32"
-        self._path = model.path
+        self._path = self._start_path = model.path
         self._model: Any = self._read(model.path)
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(model.path, model.path, model.revision)
         self._eos_ids = _eos_ids(self._model.generation_config.eos_token_id, self._tokenizer.eos_token_id)
@@ -63,7 +63,7 @@ class TransformersEngine:
             self._model = self._model.unload()
         if policy.is_adapter:
             self._model = PeftModel.from_pretrained(self._model, str(policy.path)).eval()
-        elif str(policy.path) != self._path:
+        elif not str(policy.path) == self._path == self._start_path:  # others may have been written again
             self._model, self._path = None, ""  # the old weights go before the new ones come
             self._model = self._read(str(policy.path))
             self._path = str(policy.path)

@@ -1,4 +1,4 @@
-"""Attention of trees on a CPU: a few large matrix products for each block of queries, and nothing kept for backward.
+"""Attention of trees on a CPU: a few large matrix products for each block of queries, no probabilities kept.
 
 torch's own kernel cuts queries into blocks of some 32 and spends its time between them (docs/performance.md).
 """
@@ -63,7 +63,7 @@ class TreeAttention(torch.autograd.Function):
 
     `query` (1, H, T, D), `key` (1, K, T, D), `value` (1, K, T, E), H a multiple of K: query head h reads key head
     h // (H / K). Returns (1, T, H, E). Half-precision input is computed in float32, autocast or not. Probabilities are
-    computed again in backward, from what is kept anyhow, so that memory grows with T only.
+    computed again in backward: memory grows with T only.
     """
 
     @staticmethod
@@ -78,20 +78,18 @@ class TreeAttention(torch.autograd.Function):
                 _, _, shares = _attend(block, queries, keys)
                 found = torch.bmm(shares, block.gather(values))
                 out[block.rows] = found.view(heads, -1, values.shape[2]).transpose(0, 1)
-        ctx.save_for_backward(query, key, value, out)
+        ctx.save_for_backward(query, key, value)
         ctx.scale, ctx.sizes = scale, sizes
         return out[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):
             queries, keys, values = _widened(query) * ctx.scale, _widened(key), _widened(value)
             heads, tokens, dim = queries.shape
-            incoming = _widened(gradient)
-            mean = (incoming * out).sum(dim=-1).t()  # (H, T): of each query's score gradients, by its probabilities
-            incoming = incoming.transpose(0, 1)
+            incoming = _widened(gradient).transpose(0, 1)
             to_queries = queries.new_empty(tokens, heads, dim)
             to_keys, to_values = torch.zeros_like(keys), torch.zeros_like(values)
             for block in blocks(ctx.sizes, heads):
@@ -99,7 +97,7 @@ class TreeAttention(torch.autograd.Function):
                 arrived = incoming[:, block.rows].reshape(len(keys), -1, values.shape[2])
                 block.scatter(to_values, torch.bmm(shares.transpose(1, 2), arrived))
                 to_scores = torch.bmm(arrived, block.gather(values).transpose(1, 2))
-                to_scores.sub_(mean[:, block.rows].reshape(len(keys), -1, 1)).mul_(shares)
+                to_scores.sub_((to_scores * shares).sum(dim=-1, keepdim=True)).mul_(shares)
                 to_queries[block.rows] = torch.bmm(to_scores, seen).view(heads, -1, dim).transpose(0, 1)
                 block.scatter(to_keys, torch.bmm(to_scores.transpose(1, 2), own))
             to_query = to_queries.mul_(ctx.scale).transpose(0, 1)

@@ -34,7 +34,11 @@ class Handover:
 
     @property
     def is_settled(self) -> bool:
-        return self._settled.done()
+        return self._settled.done() and self._settled.exception() is None
+
+    @property
+    def is_withdrawn(self) -> bool:
+        return self._settled.done() and self._settled.exception() is not None
 
     def wait(self, look: Callable[[], None]) -> None:
         """Until it is settled; `look` is called meanwhile, and may raise. Raises OnlinePOError if it is withdrawn."""

@@ -371,7 +371,7 @@ class TorchLearner:
                 if self.config.lora is None:
                     self.tokenizer.save_pretrained(folder)
                 self._tick()
-                files.sync_folder(folder)
+                files.sync_folder(folder)  # here too: the ledger's machine may be another one
         fail_point("learner.policy_saved")
         self._barrier()
         self.version = round_

@@ -55,11 +55,12 @@ def run_rounds(parts: Parts) -> list[dict[str, Any]]:
                 _run_after(parts, last, holder, retention, sampling)
                 break
             except Interrupted:
+                _take_back(parts, sampling)
                 wait(sampling.values())  # the parts that are sampled ahead are finished too
                 raise
             except RollBack as wanted:
                 _drop(parts, sampling)
-                parts.handover = None
+                _take_back(parts, sampling)
                 # What the generators hold may be gone now; what they are asked for next is older, so it is synced.
                 last = go_back(parts, wanted)
                 _load(parts, last)
@@ -93,6 +94,8 @@ def _run_after(
         if round_ > last_round(config, ledger) or not (round_ == 1 or ledger.is_judged(round_ - 1)):
             return
         parts.stop.check()
+        if parts.handover is None or parts.handover.policy.version != version:  # else who writes its round asks
+            require_room(ledger, round_, parts.expected)
         holder.take(version, round_)
         # What is wrong with the policy is acted on when the round's turn comes, whenever it was sampled.
         if round_ <= last_round(config, ledger) and not unsettled(ledger, ledger.evaluation_summary(version)):
@@ -104,8 +107,6 @@ def _run_after(
             holder.evaluate(version, rounds + 1)
 
     def hand_over(policy: Policy, probe: Probe) -> None:
-        if parts.handover is not None:
-            parts.handover.withdraw()
         parts.handover = Handover(policy, probe)
         if (ahead := policy.version + 1 + staleness) <= rounds:
             sampling[ahead] = parts.sampler.submit(sample, ahead)
@@ -117,14 +118,13 @@ def _run_after(
     for round_ in range(last + 1, rounds + 1):
         for ahead in range(round_, min(round_ + staleness, rounds) + 1):
             if ahead not in sampling:
-                require_room(ledger, ahead, parts.expected)
                 sampling[ahead] = parts.sampler.submit(sample, ahead)
         sampling[round_].result()
         act(ledger, ledger.evaluation_summary(max(0, round_ - 1 - staleness)), round_ - 1)
         if round_ > last_round(config, ledger):
             break
         parts.stop.check()
-        _train(parts, round_, hand_over)
+        _train(parts, round_, hand_over, lambda: _take_back(parts, sampling))
         settle(round_)
         if (ahead := round_ + 1 + staleness) <= last_round(config, ledger):
             require_room(ledger, ahead, parts.expected)
@@ -140,10 +140,12 @@ def _run_after(
         parts.observer.message(f"eval.early_stop: no gain up to policy {stopped}, the run ends")
 
 
-def _train(parts: Parts, round_: int, hand_over: Callable[[Policy, Probe], None]) -> None:
+def _train(
+    parts: Parts, round_: int, hand_over: Callable[[Policy, Probe], None], take_back: Callable[[], None]
+) -> None:
     """Trains a sampled round; a step that is not finite makes the run go back, if the guard says so."""
     try:
-        _with_learner(parts, round_ - 1, lambda: train_round(parts, round_, hand_over))
+        _with_learner(parts, round_ - 1, lambda: train_round(parts, round_, hand_over), take_back)
     except NonFiniteError as error:
         if parts.config.guards.nonfinite.action != "roll_back":
             raise
@@ -151,10 +153,10 @@ def _train(parts: Parts, round_: int, hand_over: Callable[[Policy, Probe], None]
         raise RollBack(Finding(name="nonfinite", action="roll_back", policy=round_, message=message), round_) from error
 
 
-def _with_learner(parts: Parts, held: int, work: Callable[[], T]) -> T:
+def _with_learner(parts: Parts, held: int, work: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
     """Does work with a learner that holds the policy of round `held`. Where the learner is lost meanwhile, it is
-    started again, takes that round's state and proves it, and the work begins anew: from what the ledger has, as after
-    a resume."""
+    started again, takes that round's state and proves it, and the work begins anew, after `undo`: from what the ledger
+    has, as after a resume."""
     lost: LearnerLostError | None = None
     while True:
         try:
@@ -166,6 +168,7 @@ def _with_learner(parts: Parts, held: int, work: Callable[[], T]) -> T:
             return work()
         except LearnerLostError as error:
             lost = error
+            undo()
 
 
 def _load(parts: Parts, round_: int) -> None:
@@ -179,6 +182,17 @@ def _drop(parts: Parts, sampling: dict[int, Future[None]]) -> None:
         future.cancel()
     wait(sampling.values())
     parts.stopping.clear()
+
+
+def _take_back(parts: Parts, sampling: dict[int, Future[None]]) -> None:
+    """Ends what is done with a policy that was handed over, and will not be settled as it is."""
+    if (handover := parts.handover) is None or handover.is_settled:
+        return
+    handover.withdraw()
+    if (future := sampling.pop(handover.policy.version + 1 + parts.config.loop.max_staleness, None)) is not None:
+        future.cancel()
+        wait([future])
+    parts.handover = None
 
 
 def evaluations(ledger: Ledger) -> list[dict[str, Any]]:
@@ -270,8 +284,9 @@ class _WeightHolder:
         ledger, handover = self.parts.ledger, self.parts.handover
         saved = handover if handover is not None and handover.policy.version == version else None
         probe = ledger.committed(version).probe if saved is None else saved.probe
+        gone = self.parts.taken is not None and self.parts.taken.is_withdrawn
         self.parts.taken = saved
-        if self.held == (version, probe):
+        if self.held == (version, probe) and not gone:
             return
         self.held = None
         with self.parts.phase("sync", round_):

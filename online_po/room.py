@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from online_po.errors import DiskError
 from online_po.ledger import WEIGHT_FOLDERS, Ledger
@@ -45,7 +47,7 @@ def require_room(ledger: Ledger, round_: int, expected: RoundBytes, *, weights_o
     """Raises DiskError where the disk has less room than the round will take besides what it has taken already."""
     need = round_bytes(ledger, round_, expected)
     folder = ledger.round_dir(round_)
-    made = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    made = sum(map(_size, folder.rglob("*")))
     data = 0.0 if weights_only else max(0.0, SPARE * (need.data + need.steps) - made)
     wanted, free = SPARE * need.weights + data, shutil.disk_usage(ledger.root).free
     if wanted > free:
@@ -54,3 +56,10 @@ def require_room(ledger: Ledger, round_: int, expected: RoundBytes, *, weights_o
             f"{SPARE * need.weights / MIB:,.1f} MiB), but {free / MIB:,.1f} MiB are free; what was finished is kept: "
             "free some space and resume, or lower checkpoint.keep: `online-po run CONFIG checkpoint.keep=N`"
         )
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 for folders, and where it is renamed meanwhile by who samples."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_size if path.is_file() else 0
+    return 0

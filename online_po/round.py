@@ -88,6 +88,7 @@ def sample_parts(parts: Parts, round_: int, prompts: PromptRows, first: int, jud
     done = len(prompts) - sum(map(len, chunks.values()))
     judging.groups = len(prompts)
     for part in sorted(made):
+        parts.require_settled()
         judging.resume(part, chunk(part))
         done += len(chunks[part])
     for part, groups in parts.generator.generate(missing(), config.generator):

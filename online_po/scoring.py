@@ -113,13 +113,14 @@ class Scoring:
         several = [size for size, share in zip(held, shares, strict=True) if len(share) > 1]
         if not several:
             alone = f"{where}: the learner ran out of memory ({fault}) with one example of {max(held)} tokens in a "
-            recomputes = training and self.recompute()
-            if recomputes and self.ranks == 1:
-                return
+            if training and self.recompute():
+                if self.ranks == 1:
+                    return
+                raise LearnerMemoryError(f"{alone}micro-batch", recompute=True)
             remedy = "start a new run with learner.lora, or less of generator.max_tokens or prompts.max_tokens"
             if training and self.config.gradient_checkpointing is False:
                 remedy = f"go on with `online-po run CONFIG learner.gradient_checkpointing=true`, or {remedy}"
-            raise LearnerMemoryError(f"{alone}micro-batch; {remedy}", recompute=recomputes)
+            raise LearnerMemoryError(f"{alone}micro-batch; {remedy}")
         smaller = max(several) // 2
         if self.ranks > 1:
             raise LearnerMemoryError(

@@ -113,10 +113,11 @@ class Stepper:
 
     def _pass(self, known: Known, rows: np.ndarray, dropout_seed: int, where: str) -> tuple[_Step, Tensor] | None:
         """The step's gradients on this rank, and the sums of `_accumulate`. None where memory ran out: then
-        micro-batches are smaller now, and nothing has changed but the gradients."""
-        scoring, sides = self.scoring, known.tokens.sides
+        micro-batches are smaller now, or activations recomputed, and nothing has changed but the gradients."""
+        scoring, sides, training = self.scoring, known.tokens.sides, False
         try:
             step = self._prepare(known, rows, dropout_seed)
+            training = True
             sums = torch.zeros(len(METRICS) + 1, 2, dtype=torch.float64, device=scoring.device)
             with lora_dropout(self.model, dropout_seed):
                 shared = scoring.shares(known.tokens, rows, sides)
@@ -129,7 +130,7 @@ class Stepper:
                 raise
             fault = first_line(error)
         # Here, where the error is gone, and with it the activations that its traceback held.
-        scoring.make_smaller(known.tokens, rows, where, fault, training=True)
+        scoring.make_smaller(known.tokens, rows, where, fault, training)
         return None
 
     def _prepare(self, known: Known, rows: np.ndarray, dropout_seed: int) -> _Step:

@@ -111,6 +111,66 @@ def test_a_policy_that_is_trained_again_is_taken_again(tmp_path, every):
     assert [g.responses for g in stored] == [made[place].responses for place in range(3)] and part.start == 0
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_answers_that_come_after_a_policy_was_taken_back_are_thrown_away(tmp_path, staleness):
+    """The generators' first answer comes only when the round is being trained again."""
+    parts = begin(tmp_path, 1, loop__max_staleness=staleness, loop__rounds=4, checkpoint__keep=None)
+    generate, save, update = parts.generator.generate, parts.learner.save_trainer, parts.learner.update
+    asked, lost = threading.Event(), threading.Event()
+    heard: list[bool] = []
+
+    def late(chunks, sampling):
+        for item in generate(chunks, sampling):
+            if parts.generator.version == 2 and not heard:
+                asked.set()
+                heard.append(lost.wait(20))
+            yield item
+
+    def dies(round_, folder):
+        if round_ == 2 and not lost.is_set():
+            assert asked.wait(20)
+            threading.Timer(0.3, lost.set).start()  # while the policy is taken back
+            raise LearnerLostError("killed")
+        return save(round_, folder)
+
+    def drifts(round_, *args):
+        yield from update(round_, *args)
+        parts.learner.skill += 1e-6 * (round_ == 2 and asked.is_set())
+
+    parts.generator.generate, parts.learner.save_trainer, parts.learner.update = late, dies, drifts
+    run_rounds(parts)
+    assert heard == [True]
+    assert [e[1] for e in parts.generator.log if e[0] == "sync"].count(2) == 2
+    # The fakes' responses say the skill that they were sampled with.
+    texts = [row["text"] for row in parts.ledger.evaluation(2).to_pylist()]
+    skill = parts.ledger.committed(2).probe.token_logps[0]
+    again = make_parts(make_config(tmp_path / "again"))
+    again.generator.sync(parts.ledger.policy(2, parts.start), parts.ledger.committed(2).probe)
+    asks = [(0, [request(parts.config, prompt, "evaluate", 0) for prompt in parts.heldout])]
+    made = {i: g for _, found in again.generator.generate(asks, parts.config.eval_sampling) for i, g in found.items()}
+    assert (
+        texts == [r.text for _, group in sorted(made.items()) for r in group.responses]
+        and skill == again.generator.skill
+    )
+
+
+@pytest.mark.timeout(60)
+def test_asked_to_stop_and_without_its_learner_it_stops(tmp_path):
+    parts = make_parts(make_config(tmp_path))
+    watched = Watched(parts, 2)
+
+    def dies(round_, folder):
+        if round_ != 2:
+            return watched.kept(round_, folder)
+        parts.stop.ask()
+        raise LearnerLostError("killed")
+
+    watched.kept, watched.save = watched.save, dies
+    with pytest.raises(Interrupted):
+        run_rounds(parts)
+    assert parts.ledger.last_committed() == 1
+
+
 def test_asked_to_stop_while_the_round_is_written_it_keeps_the_round_and_nothing_beyond(tmp_path):
     parts = make_parts(make_config(tmp_path))
     watched = Watched(parts, 1)

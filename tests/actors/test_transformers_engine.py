@@ -155,6 +155,18 @@ def test_weights_change_and_come_back(tmp_path, tiny_model):
     )
 
 
+def test_weights_that_were_written_again_in_the_same_place_are_taken(tmp_path, tiny_model):
+    """As those of a round that is trained again."""
+    engine = make_engine(tiny_model)
+    place = tmp_path / "policy"
+    found = []
+    for seed in (1, 2):
+        make_tiny_model(place, seed=seed)
+        engine.load(Policy(version=1, path=place))
+        found.append(engine.token_logps([5, 6, 7, 8]))
+    assert found[0] != found[1]
+
+
 def test_an_adapter_replaces_the_one_before(tmp_path, tiny_model):
     engine = make_engine(tiny_model)
     for seed in (1, 2):
