@@ -7,6 +7,7 @@ them between rank 0 and the shards. With one rank both are plain copies.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,12 +38,15 @@ from online_po.seeds import stable_seed
 
 # -- loading ---------------------------------------------------------------------------------------
 
+_LOADING = threading.Lock()
+"""transformers changes what holds for the whole process while it loads: two at once lose tied weights."""
+
 
 def load_causal_lm(config: ModelConfig, dtype: torch.dtype, setting: str = "model.path") -> PreTrainedModel:
     """The model of a folder or hub id, on the CPU, dropout off. Raises ConfigError, naming `setting`, if there is
     none."""
     settings = read_model_config(config.path, config.path, config.revision, setting)
-    with _quiet(), _explained(config, setting):
+    with _LOADING, _quiet(), _explained(config, setting):
         model, info = AutoModelForCausalLM.from_pretrained(
             config.path,
             revision=config.revision,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -218,3 +219,12 @@ def test_model_config_revision_is_for_the_hub_only(model: Path) -> None:
     assert (
         policy_model.load_causal_lm(ModelConfig(path=str(model), revision="main"), torch.float32).dtype == torch.float32
     )
+
+
+def test_two_threads_may_load_at_once(model: Path) -> None:
+    """A learner that blends and an engine that takes weights, where both are in one process."""
+    with ThreadPoolExecutor(2) as pool:
+        asked = [
+            pool.submit(policy_model.load_causal_lm, ModelConfig(path=str(model)), torch.float32) for _ in range(8)
+        ]
+        assert all(found.result(60).get_output_embeddings() is not None for found in asked)
