@@ -219,7 +219,7 @@ class LearnerGroup:
                 self._supervisor.tell(f"{lost}; its ranks recompute activations from here on")
             elif lost.memory:
                 self._halve(lost)
-            if lost.smaller is None and not lost.recompute:
+            if lost.smaller is None and not lost.recompute:  # a death
                 self._supervisor.lost("the learner", str(lost))
             self.close()
             self._start()

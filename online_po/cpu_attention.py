@@ -63,7 +63,8 @@ class TreeAttention(torch.autograd.Function):
 
     `query` (1, H, T, D), `key` (1, K, T, D), `value` (1, K, T, E), H a multiple of K: query head h reads key head
     h // (H / K). Returns (1, T, H, E). Half-precision input is computed in float32, autocast or not. Probabilities are
-    computed again in backward: memory grows with T only.
+    computed again in backward, as FlashAttention does (Dao et al. 2022, arXiv 2205.14135, appendix B): what is kept
+    grows with T only.
     """
 
     @staticmethod
