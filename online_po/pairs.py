@@ -55,8 +55,11 @@ def build_pairs(
     scored = list(zip(group.responses, judgement.scores, strict=True))
     # Ties keep the order of sampling, which is random already: no judge and no length decides them.
     ranked = sorted(scored, key=lambda item: -item[1])
-    candidates = _candidates(ranked, config)
-    for reason, passes in _conditions(config):
+    conditions = _conditions(config)
+    candidates = [_widest(ranked)]
+    if config.strategy != "best_worst" or not all(passes(*candidates[0]) for _, passes in conditions):
+        candidates = _candidates(ranked, config)
+    for reason, passes in conditions:
         candidates = [pair for pair in candidates if passes(*pair)]
         if not candidates:
             return [], reason
@@ -77,6 +80,11 @@ def preference_probability(margin: float, scale: float) -> float:
     """sigmoid(margin / scale): how likely the response that is `margin` (>= 0) ahead wins, the scores being
     Bradley-Terry rewards (Bradley & Terry 1952, "Rank analysis of incomplete block designs", Biometrika 39)."""
     return 1 / (1 + math.exp(-margin / scale))
+
+
+def _widest(ranked: list[Scored]) -> Candidate:
+    """The first of the candidates with the widest gap. Where it makes a pair, nobody need look at all n^2 of them."""
+    return ranked[0], next(item for item in ranked if item[1] == ranked[-1][1])
 
 
 def _candidates(ranked: list[Scored], config: PairsConfig) -> list[Candidate]:

@@ -59,6 +59,21 @@ def test_best_worst_steps_over_identical_text():
     assert indices((0.9, 0.1, 0.5), tokens=(7, 7, 8)) == [(0, 2)]
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.3, 0.1 + 0.2, 1.0]), st.integers(1, 4)), min_size=2, max_size=7),
+    st.sampled_from([0.0, 0.1, 0.5]),
+    st.sampled_from([None, 1.5]),
+)
+def test_best_worst_is_the_first_of_all_pairs(drawn, min_margin, ratio):
+    """The widest gap is tried first, and the others only where that makes no pair."""
+    scores, lengths = zip(*drawn, strict=True)
+    one, every = (
+        indices(scores, lengths=lengths, strategy=strategy, min_margin=min_margin, max_length_ratio=ratio)
+        for strategy in ("best_worst", "all")
+    )
+    assert one == (every if isinstance(every, str) else every[:1])
+
+
 def test_random_strategies_only_draw_real_preferences_and_draw_them_all():
     scores = (0.2, 0.8, 0.8, 0.5)
     best = {tuple(indices(scores, seed=s, strategy="best_random")[0]) for s in range(100)}
