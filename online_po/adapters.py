@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -129,8 +129,20 @@ def merged(weights: Callable[[], Iterable[tuple[str, Tensor]]], folder: Path) ->
     for name, weight in weights():
         if (layer := name.removesuffix(".weight")) in layers:
             a, b = (factors[f"{layer}.lora_{part}.weight"].float() for part in "AB")
-            weight = weight.float() + _scale(settings, layer) * (b @ a)
+            weight = torch.addmm(weight.float(), b, a, alpha=_scale(settings, layer))
         yield name, weight
+
+
+def require_mergeable(model: PeftModel, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises ConfigError unless `merged` can add the model's adapters. `shapes`: of the tensors in the starting model's
+    files, by name."""
+    for name, layer in lora_layers(model).items():
+        own = name.removeprefix("base_model.model.")
+        if not layer.lora_A or list(shapes.get(f"{own}.weight", ())) != [layer.out_features, layer.in_features]:
+            raise ConfigError(
+                f"learner.lora.target_modules puts an adapter on {own!r}, which is no linear layer in the model's "
+                "files: engines cannot add it to theirs. Leave it out, or set generator.lora: adapter"
+            )
 
 
 def _scale(settings: PeftLoraConfig, layer: str) -> float:

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from online_po.adapters import merged
-from online_po.errors import OnlinePOError
+from online_po.adapters import merged, require_mergeable
+from online_po.errors import ConfigError, OnlinePOError
+from online_po.policy_model import stored_shapes
+from online_po.sections import ModelConfig
 
 
 def save_adapter(base: Path, folder: Path, **settings: Any) -> Path:
@@ -78,3 +80,20 @@ def test_a_weight_of_another_shape_is_not_taken(tiny_model: Path, tmp_path: Path
     weights = {name: weight[:-1] if "q_proj" in name else weight for name, weight in base_weights(tiny_model).items()}
     with pytest.raises(OnlinePOError, match=r"q_proj.* belongs to"):
         next(merged(weights.items, folder))
+
+
+def test_what_cannot_be_added_is_said_before_anything_is_trained(tiny_model: Path) -> None:
+    shapes = stored_shapes(ModelConfig(path=str(tiny_model)))
+
+    def adapted(**targets: Any) -> Any:
+        return get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=4, **targets))
+
+    linear = adapted(target_modules="all-linear", task_type="CAUSAL_LM")
+    require_mergeable(linear, shapes)
+    for model, files in (
+        (adapted(target_modules=["embed_tokens"]), shapes),
+        (linear, {name.replace("q_proj", "qkv"): shape for name, shape in shapes.items()}),
+        (linear, shapes | {"model.layers.0.mlp.up_proj.weight": [64, 32, 2]}),
+    ):
+        with pytest.raises(ConfigError, match=r"on 'model\..*no linear layer in the model's files: .*generator\.lora"):
+            require_mergeable(model, files)
