@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from online_po import cpu
 from online_po.config import Config
@@ -16,6 +16,9 @@ from online_po.model_config import read_model_config
 from online_po.plan import on_cpu
 from online_po.sections import SamplingConfig
 from online_po.types import Group, Policy, Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM takes for `max_lora_rank`."""
@@ -36,7 +39,9 @@ class Engine(Protocol):
         After a step that finishes none it yields {}: a sign of life."""
         ...
 
-    def load(self, policy: Policy) -> None: ...
+    def load(self, policy: Policy, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """`tensors`: all of the policy's weights, by the names in its folder; None: the folder is read."""
+        ...
 
     def token_logps(self, token_ids: Sequence[int]) -> list[float]: ...
 

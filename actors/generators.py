@@ -179,19 +179,28 @@ class GeneratorGroup:
         with self._lock:
             self._held = policy, probe
             asked = [(replica, replica.actor.sync.remote(policy, probe)) for replica in self._replicas]
-        reports: list[SyncReport] = []
-        for replica, ref in asked:
-            try:
-                self._prove(replica)
-                report = self._get(replica, ref)
-                self._require(report, policy, probe, self._proved)
-            except ActorLostError as lost:
-                report = self._replace_until_proved(replica, lost).report  # on these weights: it began with them
-            reports.append(report)
+        try:
+            reports = [self._synced(replica, ref, policy, probe) for replica, ref in asked]
+        except OnlinePOError:
+            with self._lock:
+                self._held = None  # whoever starts now does not look for it
+            raise
         self._proved = probe
         if policy.version == 0:
             self._start = probe
         return reports
+
+    def _synced(self, replica: _Replica, ref: Any, policy: Policy, probe: Probe) -> SyncReport:
+        """What a replica said of the weights that it was asked to load, or one in its place that began with them."""
+        try:
+            self._prove(replica)
+            report: SyncReport = self._get(replica, ref)
+            self._require(report, policy, probe, self._proved)
+            return report
+        except ActorLostError as lost:
+            found = self._replace_until_proved(replica, lost).report
+            assert found is not None
+            return found
 
     def answer(
         self, requests: Sequence[Request], sampling: SamplingConfig, policy: Policy, probe: Probe

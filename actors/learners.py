@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors import cluster
+from actors.shared_weights import share
 from actors.supervision import PULSE_GROUP, Progress, Pulse, Supervisor, death
 from online_po import cpu
 from online_po.batching import COLUMNS
@@ -28,8 +29,9 @@ from online_po.errors import (
     first_line,
     is_out_of_memory,
 )
+from online_po.plan import on_cpu
 from online_po.step_checkpoints import StepPlan
-from online_po.types import Policy
+from online_po.types import Policy, SharedWeights
 
 COLLECTIVE_MARGIN_S = 600.0
 """A rank that waits for another gives up so long after the watch should have ended that one."""
@@ -64,8 +66,11 @@ class _Rank:
     def _start(self, meeting: tuple[str, int] | None) -> None:
         import torch
         import torch.distributed as dist
+        from peft import PeftModel
 
+        from online_po.adapters import require_mergeable
         from online_po.learner import TorchLearner
+        from online_po.policy_model import stored_shapes
 
         # This process does nothing else, so it may set what holds for the whole process.
         torch.set_num_threads(self.threads)
@@ -92,6 +97,9 @@ class _Rank:
             recompute=self.recompute,
             tick=self.progress.tick,
         )
+        generator, model = self.config.generator, self.learner.model
+        if isinstance(model, PeftModel) and generator.engine == "vllm" and generator.merges(on_cpu(self.config)):
+            require_mergeable(model, stored_shapes(self.config.model))
 
     @contextmanager
     def _at(self, method: str) -> Iterator[None]:
@@ -265,6 +273,12 @@ class LearnerGroup:
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         """See `online_po.protocols.Learner.token_logps`."""
         return self._call("token_logps", list(token_ids))
+
+    def share_policy(self) -> SharedWeights | None:
+        """See `online_po.protocols.Learner.share_policy`. Engines of several processes read folders."""
+        if self._config.generator.tensor_parallel > 1:
+            return None
+        return self._call("share_policy", share)
 
     def save_policy(self, round_: int, folder: Path) -> None:
         """See `online_po.protocols.Learner.save_policy`. With ranks on several machines the folder must be shared."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import ray
 
 from actors import cluster
 from actors.engines import Engine, check_engine, make_engine
+from actors.shared_weights import shared_tensors
 from actors.supervision import Progress, Pulse
 from online_po import cpu
 from online_po.config import Config
@@ -32,6 +34,8 @@ class GeneratorReplica:
         self._engine: Engine
         self._held: tuple[Policy, Probe] | None = None
         """What it samples with; None before the first sync."""
+        self._last: tuple[tuple[int, ...], list[float]] | None = None
+        """The probe that the engine was asked last, and what it said of it under the weights it has."""
         self._lost: OnlinePOError | None = None
         """Why it does not hold what it samples with."""
         self._progress = Progress()
@@ -85,7 +89,7 @@ class GeneratorReplica:
         """Loads the weights and tells what is held; the verdict is the driver's. EngineError if nothing loads."""
         with self._progress.at("sync"):
             report, self._said = self._load(policy, probe)
-        self._held, self._lost = (policy, probe), None
+        self._held, self._lost = (replace(policy, shared=None), probe), None
         return report
 
     def answer(
@@ -133,11 +137,14 @@ class GeneratorReplica:
         return [groups[place] for place in range(len(requests))]
 
     def _load(self, policy: Policy, probe: Probe) -> tuple[SyncReport, list[float]]:
-        """The report, and the logps of the probe. Raises EngineError, after which the engine is in no known state."""
+        """The report, and the logps of the probe. Raises EngineError, after which the engine is in no known state, and
+        OnlinePOError where the policy is gone."""
         started = time.perf_counter()
-        before = None if policy.version == self._engine.version else self._engine.token_logps(probe.token_ids)
+        tensors = shared_tensors(policy)
+        before = self._last if policy.version != self._engine.version else None
+        self._last = None
         try:
-            self._engine.load(policy)
+            self._engine.load(policy, tensors)
         except Exception as error:  # whatever a model library raises, the user needs the replica and the folder
             raise EngineError(
                 f"generator replica {self._replica} could not load policy {policy.version} from "
@@ -149,9 +156,10 @@ class GeneratorReplica:
             replica=self._replica,
             policy_version=self._engine.version,
             mean_logp_error=sum(gaps) / len(gaps),
-            unmoved=held == before,
+            unmoved=before == (probe.token_ids, held),
             seconds=time.perf_counter() - started,
         )
+        self._last = probe.token_ids, held
         return report, held
 
     def close(self) -> None:

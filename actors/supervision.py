@@ -339,7 +339,7 @@ def limits_by_call(limits: LimitsConfig, startup_s: float) -> dict[str, tuple[st
     """What a pulse calls the work -> (setting, seconds without any progress)."""
     fields = {
         "generate_s": ("generate", "answer"),
-        "weights_s": ("sync", "save_policy", "save_trainer", "load", "blend"),
+        "weights_s": ("sync", "share_policy", "save_policy", "save_trainer", "load", "blend"),
         "judge_s": ("judge",),
         "step_s": ("update", "logps", "token_logps"),
     }

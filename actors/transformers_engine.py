@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,13 +55,18 @@ class TransformersEngine:
         config = self._model_config.model_copy(update={"path": path})
         return policy_model.load_causal_lm(config, getattr(torch, self.dtype)).to(self._device)
 
-    def load(self, policy: Policy) -> None:
+    def load(self, policy: Policy, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Takes a policy's weights."""
         from peft import PeftModel
 
         if isinstance(self._model, PeftModel):
             self._model = self._model.unload()
-        if policy.is_adapter:
+        if tensors is not None:
+            with torch.no_grad():
+                for name, tensor in policy_model.policy_tensors(self._model).items():
+                    tensor.copy_(tensors[name])
+            self._path = str(policy.path)
+        elif policy.is_adapter:
             self._model = PeftModel.from_pretrained(self._model, str(policy.path)).eval()
         elif not str(policy.path) == self._path == self._start_path:  # others may have been written again
             self._model, self._path = None, ""  # the old weights go before the new ones come

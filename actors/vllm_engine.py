@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from actors.engines import LORA_RANKS
@@ -11,6 +11,7 @@ from online_po.sections import GeneratorConfig, SamplingConfig
 from online_po.types import FinishReason, Group, Policy, Request, Response
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from vllm import RequestOutput, SamplingParams
 
 GIB = 1 << 30
@@ -97,9 +98,12 @@ class VllmEngine:
             seed=seed,
         )
 
-    def load(self, policy: Policy) -> None:
+    def load(self, policy: Policy, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Takes a policy's weights and forgets what was computed under the old ones."""
-        if policy.is_adapter and not self._merges:
+        if tensors is not None:
+            self._llm.collective_rpc("load_tensors", args=(tensors,))
+            self._weights_path = str(policy.path)
+        elif policy.is_adapter and not self._merges:
             self._load_adapter(policy)
         elif policy.is_adapter:
             self._llm.collective_rpc("load_merged", args=(str(policy.path),))

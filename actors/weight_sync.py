@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class WeightSync:
@@ -15,6 +19,12 @@ class WeightSync:
     def load_policy(self, path: str) -> None:
         """Replaces all weights by those of a Hugging Face folder on a disk this process sees."""
         self.model_runner.reload_weights(weights_path=path)
+        self._renew_head()
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replaces all weights by tensors named as in a Hugging Face folder's files; they may be read-only. Only where
+        the worker is in the caller's process."""
+        self.model_runner.reload_weights(weights_iterator=iter(tensors.items()))
         self._renew_head()
 
     def load_merged(self, adapter: str) -> None:

@@ -13,7 +13,7 @@ POLL_S = 0.2
 
 
 class Handover:
-    """The newest policy, saved but not committed, and what the learner says of the probe under it.
+    """The newest policy, not committed and maybe not saved yet, and what the learner says of the probe under it.
 
     A kill before the commit makes the round again, maybe to other last bits: so nothing that was made with this policy
     may reach the run folder, or a judge, before `settle`.
@@ -24,7 +24,9 @@ class Handover:
         self._settled: Future[None] = Future()
 
     def settle(self) -> None:
-        """The round is committed, and nothing wants it back."""
+        """The round is committed, and nothing wants it back; from here on its folder is read."""
+        if self.policy.shared is not None:
+            self.policy.shared.let_go()
         self._settled.set_result(None)
 
     def withdraw(self) -> None:

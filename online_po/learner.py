@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +48,9 @@ from online_po.step_checkpoints import StepPlan, StepWriter
 from online_po.steps import Known, Stepper
 from online_po.tensor_file import write_tensors
 from online_po.tree_attention import ATTENTION
-from online_po.types import Policy
+from online_po.types import Policy, SharedWeights
+
+Put: TypeAlias = Callable[[dict[str, Tensor]], SharedWeights | None]
 
 STATE_VERSION = 3
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -361,6 +364,16 @@ class TorchLearner:
                 policy_model.write_policy(folder, self.model, whole)
                 self.tokenizer.save_pretrained(folder)
         self._barrier()
+
+    def share_policy(self, put: Put | None = None) -> SharedWeights | None:
+        """See `online_po.protocols.Learner.share_policy`; by itself a learner has nowhere to `put` tensors. Adapters
+        are small, and are read from their folder, and so is what has other names there (`saved_as_named`)."""
+        if put is None or isinstance(self.model, PeftModel):
+            return None
+        if not policy_model.saved_as_named(self.model, self.model_config):
+            return None
+        whole = self._gathered()
+        return put(whole) if self.rank == 0 else None
 
     def save_policy(self, round_: int, folder: Path) -> None:
         """See `online_po.protocols.Learner.save_policy`. Raises LedgerError where the disk is full."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from online_po.errors import LearnerLostError
-from online_po.types import Group, Judgement, Policy, Probe, Request, SyncReport
+from online_po.types import Group, Judgement, Policy, Probe, Request, SharedWeights, SyncReport
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +35,8 @@ class Generator(Protocol):
 
     def sync(self, policy: Policy, probe: Probe) -> list[SyncReport]:
         """Loads the policy's weights into every replica, drops what was cached under the old ones,
-        and proves the new ones (version tag and probe logps). Raises SyncError on a mismatch."""
+        and proves the new ones (version tag and probe logps). Where `policy.shared` is given, its folder need not be
+        there yet. Raises SyncError on a mismatch."""
         ...
 
 
@@ -95,6 +96,11 @@ class Learner(Protocol):
 
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         """(T,) token ids -> (T - 1,) logps in nats of token_ids[1:] under the current weights."""
+        ...
+
+    def share_policy(self) -> SharedWeights | None:
+        """Its weights for generators that are not to wait for `save_policy`; they must stay as they are until
+        `SharedWeights.let_go`. None where generators are to read the folder."""
         ...
 
     def save_policy(self, round_: int, folder: Path) -> None:

@@ -133,7 +133,7 @@ def request(config: Config, prompt: Prompt, purpose: str, round_: int, attempt: 
 
 def train_round(parts: Parts, round_: int, hand_over: Callable[[Policy, Probe], None]) -> None:
     """Pairs, reference logps, update, refresh and commit of a sampled round. `hand_over` is told of the new policy as
-    soon as it is saved, while the rest is.
+    soon as generators can have it: from memory before it is saved, else once it is.
 
     Raises NoPairsError if the round holds nothing to train on.
     """
@@ -159,10 +159,14 @@ def train_round(parts: Parts, round_: int, hand_over: Callable[[Policy, Probe], 
     with parts.phase("save", round_):
         if plan.trained is None:
             require_room(ledger, round_, parts.expected, weights_only=True)
+            shared = parts.learner.share_policy()
+            probe = probe_of(parts.learner, ledger.committed(0).probe.token_ids)
+            if shared is not None:
+                hand_over(replace(policy, shared=shared), probe)
             with ledger.weights(round_, "policy") as (folder, _):
                 parts.learner.save_policy(round_, folder)
-            probe = probe_of(parts.learner, ledger.committed(0).probe.token_ids)
-            hand_over(policy, probe)
+            if shared is None:
+                hand_over(policy, probe)
             with ledger.weights(round_, "trainer") as (folder, hashes):
                 hashes |= parts.learner.save_trainer(round_, folder)
             ledger.write_trained(round_, Trained(steps=steps, token_logps=list(probe.token_logps)))

@@ -168,6 +168,18 @@ class Label:
     """Whether `pairs.flip_rate` turned the label around; the score stays the judge's."""
 
 
+@dataclass(slots=True)
+class SharedWeights:
+    """A policy's weights where engines reach them without a disk; whoever holds this object shares in `let_go`."""
+
+    handle: Any
+    """What the learner and the generators make of it; None once it was let go."""
+
+    def let_go(self) -> None:
+        """The weights are in their folder, for good: their memory may be used again."""
+        self.handle = None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
     """Weights on disk, as one committed round left them."""
@@ -180,6 +192,8 @@ class Policy:
     """True where `path` holds a LoRA adapter on top of the starting model."""
     blended: bool = False
     """True for a mean of policies (`reference.kind: ema`): made in round `version`, but not the policy of any round."""
+    shared: SharedWeights | None = field(default=None, compare=False, repr=False)
+    """The same weights in memory, while `path` is still being written; engines read these."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,18 @@ from online_po.errors import LearnerLostError, NonFiniteError, SyncError
 from online_po.ledger import Ledger
 from online_po.sections import SamplingConfig
 from online_po.step_checkpoints import StepPlan, StepWriter
-from online_po.types import Group, JudgeFailure, Judgement, Policy, Probe, Prompt, Request, Response, SyncReport
+from online_po.types import (
+    Group,
+    JudgeFailure,
+    Judgement,
+    Policy,
+    Probe,
+    Prompt,
+    Request,
+    Response,
+    SharedWeights,
+    SyncReport,
+)
 
 
 def make_prompts(count: int) -> list[Prompt]:
@@ -59,6 +70,8 @@ def make_config(tmp_path: Path, **overrides: object) -> Config:
 
 
 def read_skill(policy: Policy) -> float:
+    if policy.shared is not None and policy.shared.handle is not None:
+        return policy.shared.handle
     return 0.0 if policy.version == 0 else json.loads((policy.path / "skill.json").read_text())
 
 
@@ -146,6 +159,7 @@ def _write_skill(text: str, folder: Path) -> dict[str, str]:
 class FakeLearner:
     def __init__(self) -> None:
         self.skill, self.steps = 0.0, 2
+        self.shares = True
         self.log: list[tuple] = []
         self.taken: list[tuple[int, int]] = []
         """(round, step) of each optimizer step."""
@@ -197,6 +211,9 @@ class FakeLearner:
 
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         return [self.skill] * (len(token_ids) - 1)
+
+    def share_policy(self) -> SharedWeights | None:
+        return SharedWeights(handle=self.skill) if self.shares else None
 
     def save_policy(self, round_: int, folder: Path) -> None:
         (folder / "skill.json").write_text(json.dumps(self.skill))

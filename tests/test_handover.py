@@ -27,14 +27,16 @@ def begin(folder: Path, every: int, **changes: Any) -> Parts:
 
 
 class Watched:
-    """The trainer state of one round is not written before generators have sampled with the new policy."""
+    """What one round leaves (`what`: save_trainer or save_policy) is not written before generators have sampled with
+    the new policy."""
 
-    def __init__(self, parts: Parts, round_: int) -> None:
+    def __init__(self, parts: Parts, round_: int, what: str = "save_trainer") -> None:
         self.parts, self.round, self.sampled = parts, round_, threading.Event()
-        self.save, self.generate = parts.learner.save_trainer, parts.generator.generate
+        self.save, self.generate = getattr(parts.learner, what), parts.generator.generate
         self.files: list[str] = []
         self.judged: list[int] = []
-        parts.learner.save_trainer, parts.generator.generate = self.save_trainer, self.watch
+        setattr(parts.learner, what, self.write)
+        parts.generator.generate = self.watch
 
     def watch(self, chunks, sampling):
         for item in self.generate(chunks, sampling):
@@ -42,22 +44,25 @@ class Watched:
                 self.sampled.set()
             yield item
 
-    def save_trainer(self, round_, folder):
+    def write(self, round_, folder):
         if round_ == self.round:
             judged = len(self.parts.judges.judged)
             assert self.sampled.wait(20)
             self.parts.stopping.wait(0.3)  # and now they wait, too
             self.judged = [judged, len(self.parts.judges.judged)]
             root = self.parts.ledger.root
-            self.files = [str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and "trainer" not in str(p)]
+            self.files = [str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and folder not in p.parents]
         return self.save(round_, folder)
 
 
 @pytest.mark.parametrize("every", [0, 1])
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_nothing_is_kept_or_judged_before_the_commit(tmp_path, every, staleness):
+@pytest.mark.parametrize(("shares", "what"), [(True, "save_policy"), (True, "save_trainer"), (False, "save_trainer")])
+def test_nothing_is_kept_or_judged_before_the_commit(tmp_path, every, staleness, shares, what):
+    """With weights in memory generators need not even wait for the policy to be written."""
     parts, plain = (begin(tmp_path / name, every, loop__max_staleness=staleness, loop__rounds=4) for name in "ab")
-    watched = Watched(parts, 2)
+    parts.learner.shares, plain.learner.shares = shares, not shares
+    watched = Watched(parts, 2, what)
     run_rounds(parts)
     ahead = f"rounds/{3 + staleness:06d}"
     assert [name for name in watched.files if name.startswith(ahead)] in ([], [f"{ahead}/prompts.parquet"])
@@ -76,10 +81,11 @@ def test_the_last_policy_is_evaluated_while_its_round_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("every", [0, 1])
-def test_a_policy_that_is_trained_again_is_taken_again(tmp_path, every):
+@pytest.mark.parametrize("what", ["save_policy", "save_trainer"])
+def test_a_policy_that_is_trained_again_is_taken_again(tmp_path, every, what):
     """To other last bits: what was sampled with the first one is thrown away."""
     parts = begin(tmp_path, every)
-    watched = Watched(parts, 2)
+    watched = Watched(parts, 2, what)
     save, update, died = watched.save, parts.learner.update, []
 
     def dies(round_, folder):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, PreTrainedModel
 
 from make_tiny_model import make_tiny_model
@@ -18,7 +19,7 @@ from online_po import policy_model
 from online_po.errors import ConfigError
 from online_po.policy_model import decoder_layers
 from online_po.sections import LoraConfig, ModelConfig
-from online_po.types import Policy
+from online_po.types import Policy, SharedWeights
 from tests.learner_setup import (
     collect_logps,
     learner_config,
@@ -176,6 +177,30 @@ def test_a_saved_policy_is_a_transformers_folder(tied: bool, tmp_path: Path) -> 
     chat = [{"role": "user", "content": "Hello"}]
     old, new = (AutoTokenizer.from_pretrained(path) for path in (model, tmp_path / "policy"))
     assert new.apply_chat_template(chat) == old.apply_chat_template(chat)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_shared_is_what_is_saved(tied: bool, tmp_path: Path) -> None:
+    learner = make_learner(make_tiny_model(tmp_path / "model", tied=tied), learner_config())
+    shared = learner.share_policy(lambda tensors: SharedWeights(handle=tensors))
+    learner.save_policy(1, tmp_path / "policy")
+    saved = load_file(tmp_path / "policy" / "model.safetensors")
+    assert shared.handle.keys() == saved.keys()
+    assert all(torch.equal(shared.handle[name], saved[name]) for name in saved)
+    assert learner.share_policy() is None  # it has nowhere to put them
+
+
+def test_what_has_other_names_in_its_folder_is_not_shared(model: Path, tmp_path: Path) -> None:
+    """Engines know a model by its files: adapters, and experts, which transformers keeps in one tensor."""
+    config = MixtralConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    shutil.copytree(model, tmp_path / "experts")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "experts")
+    experts = make_learner(tmp_path / "experts", learner_config())
+    for learner in (experts, make_learner(model, learner_config(lora=LORA))):
+        assert learner.share_policy(lambda _tensors: pytest.fail("shared")) is None
 
 
 def test_a_saved_adapter_is_a_peft_folder(model: Path, tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from online_po.config import Config
+from online_po.sections import SamplingConfig
 from online_po.types import Group, Policy, Probe, Prompt, Request
 
 PROMPT_IDS = tuple(range(20, 60))
@@ -98,6 +100,47 @@ def make_adapter(base: Path, out: Path, seed: int) -> Policy:
                 torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(out)
     return Policy(version=seed, path=out, is_adapter=True)
+
+
+class _Owner:
+    """An actor that shares the weights of a folder, as the learner does."""
+
+    def share(self, folder: Path) -> Any:
+        from safetensors.torch import load_file
+
+        from actors.shared_weights import share
+
+        return share(load_file(folder / "model.safetensors"))
+
+
+def shared_policy(base: Path, folder: Path) -> tuple[Any, Policy, Probe]:
+    """(the actor that holds it, policy 1 in memory and in no folder, its probe); `folder` has the same weights."""
+    import ray
+
+    owner = ray.remote(num_cpus=0)(_Owner).remote()
+    shared = ray.get(owner.share.remote(folder))
+    policy = Policy(version=1, path=folder / "not yet", shared=shared)
+    return owner, policy, make_probe(Policy(version=1, path=folder), base)
+
+
+def check_shared_sync(group: Any, base: Path, folder: Path, sampling: SamplingConfig) -> None:
+    """Weights from memory are the folder's, bit for bit; once let go they are read from there."""
+    import ray
+
+    start, asked = Policy(version=0, path=base), [(0, [make_request(0), make_request(1)])]
+    owner, policy, probe = shared_policy(base, folder)
+    saved = Policy(version=1, path=folder)
+    reports = group.sync(policy, probe)
+    assert all(report.policy_version == 1 and report.mean_logp_error < 1e-3 for report in reports)
+    from_memory = by_chunk(group.generate(asked, sampling))
+    assert_logps_are_the_policys(from_memory[0], saved, base)
+    ray.kill(owner)  # the engines have it now
+    group.sync(start, make_probe(start, base))
+    group.sync(saved, probe)
+    assert by_chunk(group.generate(asked, sampling)) == from_memory
+    policy.shared.let_go()
+    group.sync(replace(policy, path=folder), probe)
+    group.sync(start, make_probe(start, base))
 
 
 def assert_logps_are_the_policys(groups: list[Group], policy: Policy, base: Path) -> None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+import time
+from dataclasses import replace
 
 import pytest
 import ray
+from ray.exceptions import OwnerDiedError
 
 from actors.engines import check_engine, environment
 from actors.generators import IN_FLIGHT, GeneratorGroup
 from make_tiny_model import make_tiny_model
-from online_po.errors import ConfigError, EngineError, SyncError
+from online_po.errors import ConfigError, EngineError, OnlinePOError, SyncError
 from online_po.sections import SamplingConfig
 from online_po.types import Policy, Probe
 from tests.actors.engines import (
     PROMPT_IDS,
     assert_logps_are_the_policys,
     by_chunk,
+    check_shared_sync,
     make_config,
     make_probe,
     make_request,
+    shared_policy,
 )
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("cluster")]
@@ -93,13 +98,53 @@ def test_sync_proves_the_weights(pair, tiny_model, tmp_path):
     assert pair.sync(start, make_probe(start, tiny_model))[1].policy_version == 0
 
 
+def test_weights_in_memory_are_taken_before_they_are_in_a_folder(pair, tiny_model, tmp_path):
+    check_shared_sync(pair, tiny_model, make_tiny_model(tmp_path / "new", seed=1), SAMPLING)
+
+
+def test_who_takes_the_place_of_a_replica_takes_shared_weights_too(tiny_model, tmp_path):
+    group = GeneratorGroup(make_config(tiny_model, engine="transformers"))
+    owner, policy, probe = shared_policy(tiny_model, make_tiny_model(tmp_path / "new", seed=1))
+    try:
+        group.ready(300)
+        group.sync(policy, probe)
+        ray.kill(group._replicas[0].actor)
+        groups = by_chunk(group.generate(chunks(1), SAMPLING))[10]
+        assert_logps_are_the_policys(groups, replace(policy, path=tmp_path / "new"), tiny_model)
+    finally:
+        group.close()
+        ray.kill(owner)
+
+
+def test_shared_weights_that_died_with_the_learner(tiny_model, tmp_path):
+    """No replica is blamed for it; what the learner makes next is taken as ever."""
+    group = GeneratorGroup(make_config(tiny_model, engine="transformers"))
+    owner, policy, probe = shared_policy(tiny_model, make_tiny_model(tmp_path / "new", seed=1))
+    try:
+        group.ready(300)
+        replica = group._replicas[0]
+        ray.kill(owner)
+        with pytest.raises(OwnerDiedError):  # word of it takes a moment
+            for _ in range(300):
+                ray.get(policy.shared.handle)
+                time.sleep(0.1)
+        with pytest.raises(OnlinePOError, match="policy 1 is gone with the learner") as caught:
+            group.sync(policy, probe)
+        assert not isinstance(caught.value, EngineError)
+        ray.kill(replica.actor)  # and not even one that starts now looks for it
+        (report,) = group.sync(replace(policy, path=tmp_path / "new", shared=None), probe)
+        assert report.policy_version == 1 and report.mean_logp_error < 1e-4
+    finally:
+        group.close()
+
+
 def test_old_weights_do_not_pass_for_new_ones_where_the_tolerance_is_wide(tiny_model, tmp_path):
     """As with bfloat16, whose rounding is larger than a small update."""
     group = GeneratorGroup(make_config(tiny_model, engine="transformers", sync_tolerance=100.0))
     start, new = Policy(version=0, path=tiny_model), Policy(version=1, path=make_tiny_model(tmp_path / "new", seed=1))
 
     def load_nothing(replica):
-        replica._engine.load = lambda policy: setattr(replica._engine, "version", policy.version)
+        replica._engine.load = lambda policy, tensors: setattr(replica._engine, "version", policy.version)
 
     try:
         group.ready(300)

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
+from safetensors.torch import load_file
 
 from actors.learners import LearnerGroup
+from actors.shared_weights import shared_tensors
 from actors.supervision import Supervisor
 from make_tiny_model import make_tiny_model
 from online_po.config import Config
@@ -61,6 +64,26 @@ def work(group: LearnerGroup, model: Path, out: Path) -> dict[str, Any]:
     group.load(Policy(version=1, path=out / "policy"), out / "trainer")
     assert group.token_logps([5, 6, 7, 8]) == probe
     return {"reference": reference, "steps": steps, "probe": probe, "mean": mean}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_shared_weights_are_those_that_are_saved(model: Path, tmp_path: Path, ranks: int) -> None:
+    group = LearnerGroup(make_config(model, ranks))
+    try:
+        group.ready(120)
+        list(group.update(1, PAIRS, collect_logps(group.logps, PAIRS, Policy(version=0, path=model)), None))
+        shared = group.share_policy()
+        assert shared is not None
+        tensors = shared_tensors(Policy(version=1, path=tmp_path / "not yet", shared=shared))
+        assert tensors is not None
+        group.save_policy(1, tmp_path / "policy")
+        saved = load_file(tmp_path / "policy" / "model.safetensors")
+        assert tensors.keys() == saved.keys()
+        assert all(torch.equal(tensors[name], saved[name]) for name in saved)
+        shared.let_go()
+        assert shared_tensors(Policy(version=1, path=tmp_path / "policy", shared=shared)) is None
+    finally:
+        group.close()
 
 
 def test_one_rank_and_two_do_the_same_work(model: Path, tmp_path: Path) -> None:

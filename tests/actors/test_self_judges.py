@@ -93,7 +93,7 @@ class FakeEngine:
 
     version, weights = 0, 0
 
-    def load(self, policy):
+    def load(self, policy, tensors=None):
         self.weights = None  # the old ones go before the new ones come
         if policy.path.name == "missing":
             raise OSError("no such folder")

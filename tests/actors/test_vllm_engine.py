@@ -18,6 +18,7 @@ from online_po.types import Policy
 from tests.actors.engines import (
     assert_logps_are_the_policys,
     by_chunk,
+    check_shared_sync,
     make_adapter,
     make_config,
     make_probe,
@@ -145,6 +146,19 @@ def test_untied_weights_change_and_come_back(tmp_path):
     base = make_tiny_model(tmp_path / "base", tied=False)
     for group in started(make_config(base)):
         check_full_sync(group, base, make_tiny_model(tmp_path / "new", seed=1, tied=False))
+
+
+def test_shared_weights_are_taken_before_they_are_in_a_folder(pair, tiny_model, tmp_path):
+    check_shared_sync(pair, tiny_model, make_tiny_model(tmp_path / "new", seed=1), SAMPLING)
+
+
+def test_untied_shared_weights_in_half_precision(tmp_path):
+    base = make_tiny_model(tmp_path / "base", tied=False)
+    new = make_tiny_model(tmp_path / "new", seed=1, tied=False)
+    weights = load_file(new / "model.safetensors")
+    save_file({name: w.bfloat16() for name, w in weights.items()}, new / "model.safetensors", {"format": "pt"})
+    for group in started(make_config(base)):
+        check_shared_sync(group, base, new, SAMPLING)
 
 
 def check_full_sync(group, base, other):

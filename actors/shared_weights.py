@@ -1,0 +1,46 @@
+"""A policy's weights in Ray's object store: engines of the learner's machine map them, to others Ray sends them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import ray
+import torch
+from ray.exceptions import RayError
+from torch import Tensor
+
+from online_po.errors import OnlinePOError
+from online_po.types import Policy, SharedWeights
+
+STORE_SHARE = 0.5
+"""Of a node's object store that one policy may take: two may be there while one takes the other's place."""
+
+
+def share(tensors: Mapping[str, Tensor]) -> SharedWeights | None:
+    """Copies tensors that are on the CPU into the store, where they stay as long as this process lives and anybody
+    holds what is returned. None where a node's store is too small for them."""
+    sizes = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    if sum(tensor.nbytes for tensor in tensors.values()) > STORE_SHARE * min(sizes):
+        return None
+    # As bytes: numpy knows no bfloat16, and of torch's own tensors Ray makes copies.
+    packed = {
+        name: (tensor.dtype, tensor.shape, tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        for name, tensor in tensors.items()
+    }
+    return SharedWeights(handle=ray.put(packed))
+
+
+def shared_tensors(policy: Policy) -> dict[str, Tensor] | None:
+    """A policy's tensors, read-only; None where its folder is to be read.
+
+    Raises OnlinePOError if they are gone with the learner."""
+    if policy.shared is None or policy.shared.handle is None:
+        return None
+    try:
+        packed = ray.get(policy.shared.handle)
+    except RayError as error:
+        raise OnlinePOError(f"policy {policy.version} is gone with the learner that held it") from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes
+        return {name: torch.from_numpy(raw).view(dtype).view(shape) for name, (dtype, shape, raw) in packed.items()}
