@@ -17,7 +17,7 @@ from actors.engines import check_engine, environment
 from actors.replica import EngineMemoryError, GeneratorReplica, one_line
 from actors.supervision import PULSE_GROUP, ActorLostError, Supervisor, death
 from online_po.config import Config
-from online_po.errors import EngineError, OnlinePOError, SyncError, is_out_of_memory
+from online_po.errors import EngineError, OnlinePOError, PolicyGoneError, SyncError, is_out_of_memory
 from online_po.sections import SamplingConfig
 from online_po.types import Group, Policy, Probe, Request, SyncReport
 
@@ -197,10 +197,15 @@ class GeneratorGroup:
             report: SyncReport = self._get(replica, ref)
             self._require(report, policy, probe, self._proved)
             return report
-        except ActorLostError as lost:
-            found = self._replace_until_proved(replica, lost).report
-            assert found is not None
-            return found
+        except PolicyGoneError as gone:
+            if replica.ready:
+                raise
+            lost = ActorLostError(str(gone), counts=False)  # it was to begin with a policy before this one
+        except ActorLostError as error:
+            lost = error
+        found = self._replace_until_proved(replica, lost).report
+        assert found is not None
+        return found
 
     def answer(
         self, requests: Sequence[Request], sampling: SamplingConfig, policy: Policy, probe: Probe

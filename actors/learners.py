@@ -57,20 +57,18 @@ class _Rank:
         self.store = make_store(address, self.config.learner.ranks)
         return address, self.store.port
 
-    def start(self, meeting: tuple[str, int] | None) -> str | None:
-        """Joins the other ranks, if there are any, and loads the model. Returns what users should know of it."""
+    def start(self, meeting: tuple[str, int] | None) -> tuple[list[str], bool]:
+        """Joins the other ranks, if there are any, and loads the model. Returns, on rank 0, what users should know of
+        it, and whether generators could take its weights from memory."""
         with self._at("start"):
             self._start(meeting)
-            return str(self.learner.sharing) if self.learner.sharing.why_not else None
+            return self._about() if self.rank == 0 else ([], False)
 
     def _start(self, meeting: tuple[str, int] | None) -> None:
         import torch
         import torch.distributed as dist
-        from peft import PeftModel
 
-        from online_po.adapters import require_mergeable
         from online_po.learner import TorchLearner
-        from online_po.policy_model import stored_shapes
 
         # This process does nothing else, so it may set what holds for the whole process.
         torch.set_num_threads(self.threads)
@@ -97,9 +95,25 @@ class _Rank:
             recompute=self.recompute,
             tick=self.progress.tick,
         )
+
+    def _about(self) -> tuple[list[str], bool]:
+        """See `start`. Raises ConfigError where engines could not take the adapters. The other ranks' machines need not
+        have the model's files."""
+        from peft import PeftModel
+
+        from online_po.adapters import require_mergeable
+        from online_po.policy_model import saved_as_named, stored_shapes
+
         generator, model = self.config.generator, self.learner.model
-        if isinstance(model, PeftModel) and generator.engine == "vllm" and generator.merges(on_cpu(self.config)):
-            require_mergeable(model, stored_shapes(self.config.model))
+        told = [str(self.learner.sharing)] if self.learner.sharing.why_not else []
+        if isinstance(model, PeftModel):
+            if generator.engine == "vllm" and generator.merges(on_cpu(self.config)):
+                require_mergeable(model, stored_shapes(self.config.model))
+            return told, False
+        shares = saved_as_named(model, self.config.model)
+        if not shares:
+            told.append("generators read each policy from its folder: its files name tensors otherwise than the model")
+        return told, shares
 
     @contextmanager
     def _at(self, method: str) -> Iterator[None]:
@@ -174,6 +188,8 @@ class LearnerGroup:
         """What they were last heard to hold."""
         self._recompute = False
         """Whether they recompute activations from the start, where the config leaves that open."""
+        self._shares = False
+        """Whether generators could take their weights from memory; known once they are ready."""
         self._start()
 
     def _start(self) -> None:
@@ -196,8 +212,9 @@ class LearnerGroup:
             self._ready(timeout)
         except LearnerLostError as lost:
             self.restart(lost)
-        if told := ray.get(self._starting[0]):
-            self._supervisor.tell(told)
+        told, self._shares = ray.get(self._starting[0])
+        for text in told:
+            self._supervisor.tell(text)
 
     def _ready(self, timeout: float) -> None:
         waiting, deadline = self._by_rank(self._starting), time.monotonic() + timeout
@@ -275,8 +292,9 @@ class LearnerGroup:
         return self._call("token_logps", list(token_ids))
 
     def share_policy(self) -> SharedWeights | None:
-        """See `online_po.protocols.Learner.share_policy`. Engines of several processes read folders."""
-        if self._config.generator.tensor_parallel > 1:
+        """See `online_po.protocols.Learner.share_policy`. Adapters are small, and read from their folder; so is
+        everything by engines of several processes."""
+        if not self._shares or self._config.generator.tensor_parallel > 1:
             return None
         return self._call("share_policy", share)
 

@@ -89,6 +89,7 @@ class GeneratorReplica:
         """Loads the weights and tells what is held; the verdict is the driver's. EngineError if nothing loads."""
         with self._progress.at("sync"):
             report, self._said = self._load(policy, probe)
+        # Without the memory: before it is loaded again, for `answer`, its round is committed.
         self._held, self._lost = (replace(policy, shared=None), probe), None
         return report
 
@@ -138,10 +139,14 @@ class GeneratorReplica:
 
     def _load(self, policy: Policy, probe: Probe) -> tuple[SyncReport, list[float]]:
         """The report, and the logps of the probe. Raises EngineError, after which the engine is in no known state, and
-        OnlinePOError where the policy is gone."""
+        PolicyGoneError, after which it holds what it held."""
         started = time.perf_counter()
         tensors = shared_tensors(policy)
-        before = self._last if policy.version != self._engine.version else None
+        before = None
+        if policy.version != self._engine.version:
+            if self._last is None or self._last[0] != probe.token_ids:
+                self._last = probe.token_ids, self._engine.token_logps(probe.token_ids)
+            before = self._last[1]
         self._last = None
         try:
             self._engine.load(policy, tensors)
@@ -156,7 +161,7 @@ class GeneratorReplica:
             replica=self._replica,
             policy_version=self._engine.version,
             mean_logp_error=sum(gaps) / len(gaps),
-            unmoved=before == (probe.token_ids, held),
+            unmoved=held == before,
             seconds=time.perf_counter() - started,
         )
         self._last = probe.token_ids, held

@@ -10,37 +10,48 @@ import torch
 from ray.exceptions import RayError
 from torch import Tensor
 
-from online_po.errors import OnlinePOError
+from online_po.errors import PolicyGoneError, first_line
+from online_po.memory import memory
 from online_po.types import Policy, SharedWeights
 
 STORE_SHARE = 0.5
 """Of a node's object store that one policy may take: two may be there while one takes the other's place."""
+MEMORY_SHARE = 0.5
+"""Of the memory that is free on the learner's machine."""
 
 
 def share(tensors: Mapping[str, Tensor]) -> SharedWeights | None:
     """Copies tensors that are on the CPU into the store, where they stay as long as this process lives and anybody
-    holds what is returned. None where a node's store is too small for them."""
-    sizes = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
-    if sum(tensor.nbytes for tensor in tensors.values()) > STORE_SHARE * min(sizes):
+    holds what is returned. None where memory is too short for that."""
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    stores = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    if needed > STORE_SHARE * min(stores) or needed > MEMORY_SHARE * memory().available:
         return None
     # As bytes: numpy knows no bfloat16, and of torch's own tensors Ray makes copies.
     packed = {
         name: (tensor.dtype, tensor.shape, tensor.contiguous().view(-1).view(torch.uint8).numpy())
         for name, tensor in tensors.items()
     }
-    return SharedWeights(handle=ray.put(packed))
+    try:
+        return SharedWeights(handle=ray.put(packed))
+    except RayError:  # the store is full, and so is what it spills to
+        return None
 
 
 def shared_tensors(policy: Policy) -> dict[str, Tensor] | None:
     """A policy's tensors, read-only; None where its folder is to be read.
 
-    Raises OnlinePOError if they are gone with the learner."""
+    Raises PolicyGoneError if they are gone with the learner, and the folder is not there."""
     if policy.shared is None or policy.shared.handle is None:
         return None
     try:
         packed = ray.get(policy.shared.handle)
     except RayError as error:
-        raise OnlinePOError(f"policy {policy.version} is gone with the learner that held it") from error
+        if policy.path.is_dir():  # saved in the meantime
+            return None
+        raise PolicyGoneError(
+            f"policy {policy.version} is gone with the learner that shared it ({first_line(error)})"
+        ) from error
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes
         return {name: torch.from_numpy(raw).view(dtype).view(shape) for name, (dtype, shape, raw) in packed.items()}

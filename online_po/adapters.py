@@ -136,12 +136,15 @@ def merged(weights: Callable[[], Iterable[tuple[str, Tensor]]], folder: Path) ->
 def require_mergeable(model: PeftModel, shapes: Mapping[str, Sequence[int]]) -> None:
     """Raises ConfigError unless `merged` can add the model's adapters. `shapes`: of the tensors in the starting model's
     files, by name."""
+    head = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
     for name, layer in lora_layers(model).items():
         own = name.removeprefix("base_model.model.")
-        if not layer.lora_A or list(shapes.get(f"{own}.weight", ())) != [layer.out_features, layer.in_features]:
+        stored = list(shapes.get(f"{own}.weight", ())) == [layer.out_features, layer.in_features]
+        # Conv1D keeps its weight transposed, and a tied head in a file is not read.
+        if not layer.lora_A or not stored or getattr(layer, "fan_in_fan_out", False) or layer is head:
             raise ConfigError(
-                f"learner.lora.target_modules puts an adapter on {own!r}, which is no linear layer in the model's "
-                "files: engines cannot add it to theirs. Leave it out, or set generator.lora: adapter"
+                f"learner.lora.target_modules puts an adapter on {own!r}, which is no linear layer of its own in "
+                "the model's files: engines cannot add it to theirs. Leave it out, or set generator.lora: adapter"
             )
 
 

@@ -113,6 +113,10 @@ class LearnerLostError(EngineError):
         self.memory, self.smaller, self.recompute = memory, smaller, recompute
 
 
+class PolicyGoneError(OnlinePOError):
+    """Weights that the learner shared are gone with it, and were not saved yet."""
+
+
 class NonFiniteError(OnlinePOError):
     """A loss or gradient was NaN or infinite; the step was not applied."""
 

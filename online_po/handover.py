@@ -24,9 +24,7 @@ class Handover:
         self._settled: Future[None] = Future()
 
     def settle(self) -> None:
-        """The round is committed, and nothing wants it back; from here on its folder is read."""
-        if self.policy.shared is not None:
-            self.policy.shared.let_go()
+        """The round is committed, and nothing wants it back."""
         self._settled.set_result(None)
 
     def withdraw(self) -> None:

@@ -366,11 +366,9 @@ class TorchLearner:
         self._barrier()
 
     def share_policy(self, put: Put | None = None) -> SharedWeights | None:
-        """See `online_po.protocols.Learner.share_policy`; by itself a learner has nowhere to `put` tensors. Adapters
-        are small, and are read from their folder, and so is what has other names there (`saved_as_named`)."""
-        if put is None or isinstance(self.model, PeftModel):
-            return None
-        if not policy_model.saved_as_named(self.model, self.model_config):
+        """See `online_po.protocols.Learner.share_policy`; by itself a learner has nowhere to `put` tensors, which get
+        the names of `policy_tensors`. All ranks must call it."""
+        if put is None:
             return None
         whole = self._gathered()
         return put(whole) if self.rank == 0 else None

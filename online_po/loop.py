@@ -3,7 +3,7 @@
 Round r is sampled by policy version max(0, r - 1 - loop.max_staleness): a fixed lag, so that what a
 round contains never depends on timing. Sampling runs in one background thread, in order; with
 staleness 0 it waits for the round before it, with more it runs while that one trains. Generators take
-a new policy as soon as it is saved, and evaluate it, while the rest of its round is (`Handover`).
+a new policy from memory, or once it is saved, and evaluate it while its round is written (`Handover`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from online_po.heldout import evaluate_heldout
 from online_po.judge_trials import calibrate, try_judge
 from online_po.ledger import Ledger
 from online_po.parts import Parts
+from online_po.probes import probe_gap, probe_of, require_probe
 from online_po.retention import Retention, heldout_scores
 from online_po.roll_back import RollBack, act, go_back, load_round, unsettled
 from online_po.room import require_room
-from online_po.round import probe_gap, probe_of, require_probe, sample_round, train_round
+from online_po.round import sample_round, train_round
 from online_po.types import Policy, Probe, Reference
 
 T = TypeVar("T")
@@ -274,7 +275,7 @@ class _WeightHolder:
         self.held: tuple[int, Probe] | None = None
 
     def take(self, version: int, round_: int) -> None:
-        """Syncs the generators to a version that is saved, with proof, and evaluates it if that is due.
+        """Syncs the generators to a version, committed or handed over, with proof, and evaluates it if that is due.
 
         `round_` is the round that the time is counted under."""
         self._sync(version, round_)
@@ -282,15 +283,15 @@ class _WeightHolder:
 
     def _sync(self, version: int, round_: int) -> None:
         ledger, handover = self.parts.ledger, self.parts.handover
-        saved = handover if handover is not None and handover.policy.version == version else None
-        probe = ledger.committed(version).probe if saved is None else saved.probe
+        newest = handover if handover is not None and handover.policy.version == version else None
+        probe = ledger.committed(version).probe if newest is None else newest.probe
         gone = self.parts.taken is not None and self.parts.taken.is_withdrawn
-        self.parts.taken = saved
+        self.parts.taken = newest
         if self.held == (version, probe) and not gone:
             return
         self.held = None
         with self.parts.phase("sync", round_):
-            policy = ledger.policy(version, self.parts.start) if saved is None else saved.policy
+            policy = ledger.policy(version, self.parts.start) if newest is None else newest.policy
             reports = self.parts.generator.sync(policy, probe)
         self.held = version, probe
         error = max(report.mean_logp_error for report in reports)

@@ -56,8 +56,8 @@ def build_pairs(
     # Ties keep the order of sampling, which is random already: no judge and no length decides them.
     ranked = sorted(scored, key=lambda item: -item[1])
     conditions = _conditions(config)
-    candidates = [_widest(ranked)]
-    if config.strategy != "best_worst" or not all(passes(*candidates[0]) for _, passes in conditions):
+    candidates = [_widest(ranked)] if config.strategy == "best_worst" else []
+    if not candidates or not all(passes(*candidates[0]) for _, passes in conditions):
         candidates = _candidates(ranked, config)
     for reason, passes in conditions:
         candidates = [pair for pair in candidates if passes(*pair)]
@@ -83,8 +83,9 @@ def preference_probability(margin: float, scale: float) -> float:
 
 
 def _widest(ranked: list[Scored]) -> Candidate:
-    """The first of the candidates with the widest gap. Where it makes a pair, nobody need look at all n^2 of them."""
-    return ranked[0], next(item for item in ranked if item[1] == ranked[-1][1])
+    """The first of all candidates with the widest gap. Where it makes a pair, nobody need look at all n^2 of them."""
+    gap = _margin((ranked[0], ranked[-1]))
+    return ranked[0], next(item for item in ranked if _margin((ranked[0], item)) == gap)
 
 
 def _candidates(ranked: list[Scored], config: PairsConfig) -> list[Candidate]:

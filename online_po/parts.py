@@ -56,7 +56,7 @@ class Parts:
     """The one thread that sampling and evaluation run in; who makes the parts waits for its end."""
 
     handover: Handover | None = None
-    """The newest policy, from when it is saved on; the training thread's."""
+    """The newest policy, from when generators can have it; the training thread's."""
     taken: Handover | None = None
     """What the generators hold, where that was handed over; the sampling thread's."""
 

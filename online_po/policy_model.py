@@ -27,7 +27,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from online_po.adapters import ADAPTER_FILE, adapter_config, require_known_layers
 from online_po.errors import ConfigError
@@ -297,16 +297,16 @@ def policy_tensors(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
 def stored_shapes(config: ModelConfig) -> dict[str, list[int]]:
     """The shape of each tensor in a model's safetensors files, by its name there. transformers renames and merges some
     as it reads them, experts' say, and takes that back as it writes."""
-    folder = Path(cached_file(config.path, "config.json", revision=config.revision)).parent
     shapes: dict[str, list[int]] = {}
-    for file in folder.glob("*.safetensors"):
+    for file in Path(config.path).glob("*.safetensors"):
         with safe_open(file, "pt") as stored:
             shapes |= {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
     return shapes
 
 
 def saved_as_named(model: PreTrainedModel, start: ModelConfig) -> bool:
-    """Whether `policy_tensors` have the same names and shapes in a policy's folder, as the starting model's tell."""
+    """Whether `policy_tensors` have the same names and shapes in a policy's folder, as the starting model's files tell:
+    only those names are known to engines."""
     shapes = stored_shapes(start)
     return all(shapes.get(name) == list(tensor.shape) for name, tensor in policy_tensors(model).items())
 

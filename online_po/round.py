@@ -16,7 +16,6 @@ from online_po.anchors import make_anchors, sampler_logps
 from online_po.betas import drifted, next_scale, round_betas
 from online_po.config import Config
 from online_po.cursor import PromptCursor, further_prompts
-from online_po.errors import SyncError
 from online_po.examples import count_examples, make_examples
 from online_po.fail_points import fail_point
 from online_po.guards import round_findings, rows_needed
@@ -25,16 +24,13 @@ from online_po.judging import Judging
 from online_po.loss_configs import reward_beta
 from online_po.metrics import likelihood_shift, round_means
 from online_po.parts import Parts
-from online_po.protocols import Learner
+from online_po.probes import probe_of, require_probe
 from online_po.reference import renew_reference
 from online_po.room import require_room
 from online_po.seeds import stable_seed
 from online_po.step_checkpoints import StepPlan, Trained
 from online_po.tables import PromptRows, prompts_to_table
 from online_po.types import Group, Policy, Probe, Prompt, Request
-
-PROBE_TOLERANCE = 0.02
-"""How far a probe token's log-probability may be off, in nats, on another machine but with the same weights."""
 
 # -- sampling: prompts, generate, judge ------------------------------------------------------------
 
@@ -156,6 +152,7 @@ def train_round(parts: Parts, round_: int, hand_over: Callable[[Policy, Probe], 
     kl = anchors.sampling_kl(examples)
     is_adapter = config.learner.lora is not None
     policy = Policy(version=round_, path=ledger.round_dir(round_) / "policy", is_adapter=is_adapter)
+    shared = None
     with parts.phase("save", round_):
         if plan.trained is None:
             require_room(ledger, round_, parts.expected, weights_only=True)
@@ -208,6 +205,8 @@ def train_round(parts: Parts, round_: int, hand_over: Callable[[Policy, Probe], 
             probe=probe,
             beta_scale=beta_scale,
         )
+        if shared is not None:
+            shared.let_go()
     observer.round(summary)
 
 
@@ -230,26 +229,3 @@ def told(parts: Parts, round_: int, plan: StepPlan, steps: Iterable[dict[str, fl
             awaited = awaited or -(-step // plan.every) * plan.every
             if plan.is_written(awaited):
                 parts.stop.check()
-
-
-def require_probe(parts: Parts, probe: Probe, what: str) -> None:
-    """Raises SyncError unless the learner says of the probe what it said before. `what`: what it did, for people."""
-    if (gap := probe_gap(parts, probe)) is not None:
-        raise SyncError(
-            f"{what}, but its log-probabilities of the probe are off by up to {gap:.3g} nats; the weights did not "
-            "arrive whole"
-        )
-
-
-def probe_gap(parts: Parts, probe: Probe) -> float | None:
-    """By how much, in nats, the learner is off from what it said of the probe before; None where that may be another
-    machine's rounding."""
-    now = parts.learner.token_logps(probe.token_ids)
-    gap = max(abs(a - b) for a, b in zip(now, probe.token_logps, strict=True))
-    tolerance = PROBE_TOLERANCE if parts.config.learner.compute_dtype == "float32" else 16 * PROBE_TOLERANCE
-    return None if gap <= tolerance else gap  # a NaN is a gap
-
-
-def probe_of(learner: Learner, token_ids: Sequence[int]) -> Probe:
-    """The learner's current word on the probe tokens."""
-    return Probe(token_ids=tuple(token_ids), token_logps=tuple(learner.token_logps(token_ids)))

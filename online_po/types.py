@@ -170,7 +170,7 @@ class Label:
 
 @dataclass(slots=True)
 class SharedWeights:
-    """A policy's weights where engines reach them without a disk; whoever holds this object shares in `let_go`."""
+    """A policy's weights where engines reach them without a disk. One object in the driver, copies in actors."""
 
     handle: Any
     """What the learner and the generators make of it; None once it was let go."""
@@ -182,7 +182,7 @@ class SharedWeights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
-    """Weights on disk, as one committed round left them."""
+    """Weights as one round left them, on disk."""
 
     version: int
     """The round that produced it; 0 is the starting model."""

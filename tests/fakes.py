@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from online_po.config import Config
-from online_po.errors import LearnerLostError, NonFiniteError, SyncError
+from online_po.errors import LearnerLostError, NonFiniteError, PolicyGoneError, SyncError
 from online_po.ledger import Ledger
 from online_po.sections import SamplingConfig
 from online_po.step_checkpoints import StepPlan, StepWriter
@@ -71,7 +71,9 @@ def make_config(tmp_path: Path, **overrides: object) -> Config:
 
 def read_skill(policy: Policy) -> float:
     if policy.shared is not None and policy.shared.handle is not None:
-        return policy.shared.handle
+        if not policy.shared.handle:
+            raise PolicyGoneError("the learner died")
+        return policy.shared.handle[0]
     return 0.0 if policy.version == 0 else json.loads((policy.path / "skill.json").read_text())
 
 
@@ -160,6 +162,7 @@ class FakeLearner:
     def __init__(self) -> None:
         self.skill, self.steps = 0.0, 2
         self.shares = True
+        self.held: list[float] = []
         self.log: list[tuple] = []
         self.taken: list[tuple[int, int]] = []
         """(round, step) of each optimizer step."""
@@ -213,7 +216,13 @@ class FakeLearner:
         return [self.skill] * (len(token_ids) - 1)
 
     def share_policy(self) -> SharedWeights | None:
-        return SharedWeights(handle=self.skill) if self.shares else None
+        self.held = [self.skill]
+        return SharedWeights(handle=self.held) if self.shares else None
+
+    def die(self) -> None:
+        """What was its own is gone: weights, and those that it shared."""
+        self.skill = -1000.0
+        self.held.clear()
 
     def save_policy(self, round_: int, folder: Path) -> None:
         (folder / "skill.json").write_text(json.dumps(self.skill))

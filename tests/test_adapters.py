@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from online_po.adapters import merged, require_mergeable
 from online_po.errors import ConfigError, OnlinePOError
@@ -90,10 +90,15 @@ def test_what_cannot_be_added_is_said_before_anything_is_trained(tiny_model: Pat
 
     linear = adapted(target_modules="all-linear", task_type="CAUSAL_LM")
     require_mergeable(linear, shapes)
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)
+    transposed = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(target_modules=["attn.c_proj"]))
+    square = {"model.transformer.h.0.attn.c_proj.weight": [32, 32], "transformer.h.0.attn.c_proj.weight": [32, 32]}
     for model, files in (
         (adapted(target_modules=["embed_tokens"]), shapes),
+        (adapted(target_modules=["lm_head"]), shapes | {"lm_head.weight": shapes["model.embed_tokens.weight"]}),
+        (transposed, square),
         (linear, {name.replace("q_proj", "qkv"): shape for name, shape in shapes.items()}),
         (linear, shapes | {"model.layers.0.mlp.up_proj.weight": [64, 32, 2]}),
     ):
-        with pytest.raises(ConfigError, match=r"on 'model\..*no linear layer in the model's files: .*generator\.lora"):
+        with pytest.raises(ConfigError, match=r"puts an adapter on '.*no linear layer of its own.*generator\.lora"):
             require_mergeable(model, files)

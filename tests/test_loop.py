@@ -465,13 +465,13 @@ def test_old_weights_are_pruned_but_not_the_reference(tmp_path):
 
 def test_the_best_policy_is_never_pruned(tmp_path):
     parts = make_parts(make_config(tmp_path, loop__rounds=6, checkpoint__keep=1))
-    save = parts.learner.save_policy
+    update = parts.learner.update
 
-    def sink(round_, folder):
+    def sink(round_, *args):
+        yield from update(round_, *args)
         parts.learner.skill = {1: 1.0, 2: 6.0}.get(round_, 2.0)
-        save(round_, folder)
 
-    parts.learner.save_policy = sink
+    parts.learner.update = sink
     summaries = run_rounds(parts)
     assert max(summaries, key=lambda summary: summary["score"]["mean"])["policy_version"] == 2
     assert {r for r in range(1, 7) if (parts.ledger.round_dir(r) / "policy").exists()} == {2, 6}

@@ -53,7 +53,8 @@ class MortalLearner:
         self.done = (*self.done, self.log[-1])
         if self.done not in self.known and len(self.known) <= self.times:
             self.known.add(self.done)
-            self.dead, self.learner.skill = True, -1000.0
+            self.dead = True
+            self.learner.die()
             raise LearnerLostError("rank 0 is dead: killed")
 
     def restart(self, lost: LearnerLostError) -> None:

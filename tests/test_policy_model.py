@@ -190,17 +190,18 @@ def test_what_is_shared_is_what_is_saved(tied: bool, tmp_path: Path) -> None:
     assert learner.share_policy() is None  # it has nowhere to put them
 
 
-def test_what_has_other_names_in_its_folder_is_not_shared(model: Path, tmp_path: Path) -> None:
-    """Engines know a model by its files: adapters, and experts, which transformers keeps in one tensor."""
+def test_names_in_the_folder_and_in_the_model(model: Path, tmp_path: Path) -> None:
+    """Engines know a model by its files; transformers keeps experts in one tensor."""
     config = MixtralConfig(
         vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
-    shutil.copytree(model, tmp_path / "experts")
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "experts")
-    experts = make_learner(tmp_path / "experts", learner_config())
-    for learner in (experts, make_learner(model, learner_config(lora=LORA))):
-        assert learner.share_policy(lambda _tensors: pytest.fail("shared")) is None
+    make_tiny_model(tmp_path / "untied", tied=False)
+    for folder, same in ((model, True), (tmp_path / "untied", True), (tmp_path / "experts", False)):
+        source = ModelConfig(path=str(folder))
+        loaded = policy_model.load_causal_lm(source, torch.float32)
+        assert policy_model.saved_as_named(loaded, source) == same, folder
 
 
 def test_a_saved_adapter_is_a_peft_folder(model: Path, tmp_path: Path) -> None:

@@ -8,12 +8,15 @@ from dataclasses import replace
 
 import pytest
 import ray
-from ray.exceptions import OwnerDiedError
+import torch
+from ray.exceptions import ObjectStoreFullError, OwnerDiedError
 
+from actors import shared_weights
 from actors.engines import check_engine, environment
 from actors.generators import IN_FLIGHT, GeneratorGroup
 from make_tiny_model import make_tiny_model
-from online_po.errors import ConfigError, EngineError, OnlinePOError, SyncError
+from online_po.errors import ConfigError, EngineError, PolicyGoneError, SyncError
+from online_po.memory import Memory
 from online_po.sections import SamplingConfig
 from online_po.types import Policy, Probe
 from tests.actors.engines import (
@@ -39,6 +42,15 @@ def pair(tiny_model):
     group.ready(300)
     yield group
     group.close()
+
+
+def end(owner, policy):
+    """Word of a death takes a moment."""
+    ray.kill(owner)
+    with pytest.raises(OwnerDiedError):
+        for _ in range(300):
+            ray.get(policy.shared.handle)
+            time.sleep(0.1)
 
 
 def chunks(n=5):
@@ -123,19 +135,71 @@ def test_shared_weights_that_died_with_the_learner(tiny_model, tmp_path):
     try:
         group.ready(300)
         replica = group._replicas[0]
-        ray.kill(owner)
-        with pytest.raises(OwnerDiedError):  # word of it takes a moment
-            for _ in range(300):
-                ray.get(policy.shared.handle)
-                time.sleep(0.1)
-        with pytest.raises(OnlinePOError, match="policy 1 is gone with the learner") as caught:
+        end(owner, policy)
+        with pytest.raises(PolicyGoneError, match="policy 1 is gone with the learner"):
             group.sync(policy, probe)
-        assert not isinstance(caught.value, EngineError)
         ray.kill(replica.actor)  # and not even one that starts now looks for it
         (report,) = group.sync(replace(policy, path=tmp_path / "new", shared=None), probe)
         assert report.policy_version == 1 and report.mean_logp_error < 1e-4
     finally:
         group.close()
+
+
+def test_shared_weights_that_died_while_a_replica_was_replaced(tiny_model, tmp_path):
+    """What it was to begin with is gone; the next policy is not held up by that. Saved, it is read from its folder."""
+    group = GeneratorGroup(make_config(tiny_model, engine="transformers"))
+    folder = make_tiny_model(tmp_path / "new", seed=1)
+    owner, policy, probe = shared_policy(tiny_model, folder)
+    try:
+        group.ready(300)
+        group.sync(policy, probe)
+        end(owner, policy)
+        ray.kill(group._replicas[0].actor)
+        with pytest.raises(PolicyGoneError):
+            list(group.generate(chunks(1), SAMPLING))
+        second = Policy(version=2, path=folder)
+        (report,) = group.sync(second, probe)
+        assert report.policy_version == 2 and report.mean_logp_error < 1e-4
+        assert group.sync(replace(policy, path=folder), probe)[0].policy_version == 1
+    finally:
+        group.close()
+
+
+def test_a_replica_that_starts_with_a_policy_is_not_believed_if_it_did_not_move(tiny_model, tmp_path):
+    """A resumed run's first weights, or those of one that takes another's place."""
+    group = GeneratorGroup(make_config(tiny_model, engine="transformers", sync_tolerance=100.0))
+    new = Policy(version=1, path=make_tiny_model(tmp_path / "new", seed=1))
+
+    def load_nothing(replica):
+        replica._engine.load = lambda policy, tensors: setattr(replica._engine, "version", policy.version)
+
+    try:
+        group.ready(300)
+        ray.get(group._replicas[0].actor.__ray_call__.remote(load_nothing))
+        with pytest.raises(SyncError, match=r"policy 1, but says of the probe, bit for bit"):
+            group.sync(new, make_probe(new, tiny_model))
+    finally:
+        group.close()
+
+
+def test_too_little_memory_to_share(monkeypatch):
+    def share() -> bool:
+        return shared_weights.share({"w": torch.zeros(250)}) is not None
+
+    assert share()
+    monkeypatch.setattr(ray, "nodes", lambda: [node(1e9), node(1500), node(0, alive=False)])
+    assert not share()
+    monkeypatch.setattr(ray, "nodes", lambda: [node(1e9)])
+    assert share()
+    monkeypatch.setattr(shared_weights, "memory", lambda: Memory(total=1 << 40, available=1500))
+    assert not share()
+    monkeypatch.undo()
+    monkeypatch.setattr(ray, "put", lambda _: (_ for _ in ()).throw(ObjectStoreFullError("full")))
+    assert not share()
+
+
+def node(store, alive=True):
+    return {"Alive": alive, "Resources": {"object_store_memory": store} if store else {}}
 
 
 def test_old_weights_do_not_pass_for_new_ones_where_the_tolerance_is_wide(tiny_model, tmp_path):

@@ -32,12 +32,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"), kv_heads=2)
 
 
-def make_config(model: Path | str, ranks: int = 1, nonfinite: str = "stop", **ray_section: Any) -> Config:
+def make_config(
+    model: Path | str, ranks: int = 1, nonfinite: str = "stop", tensor_parallel: int = 1, **ray_section: Any
+) -> Config:
     return Config.parse(
         {
             "run": {"name": "test"},
             "model": {"path": str(model)},
             "prompts": {"path": "prompts.jsonl", "heldout_size": 1},
+            "generator": {"tensor_parallel": tensor_parallel},
             "learner": {
                 "ranks": ranks, "threads": 1, "global_batch_size": 4, "learning_rate": 1e-3, "eps": 1e-4,
             },
@@ -80,6 +83,8 @@ def test_shared_weights_are_those_that_are_saved(model: Path, tmp_path: Path, ra
         saved = load_file(tmp_path / "policy" / "model.safetensors")
         assert tensors.keys() == saved.keys()
         assert all(torch.equal(tensors[name], saved[name]) for name in saved)
+        group._config = make_config(model, ranks, tensor_parallel=2)
+        assert group.share_policy() is None  # its engines are not in their actors' processes
         shared.let_go()
         assert shared_tensors(Policy(version=1, path=tmp_path / "policy", shared=shared)) is None
     finally:
