@@ -34,8 +34,9 @@ class MicroBatch:
     """For each tree the tokens of its prompt, then of each branch; they sum to T. None: plain."""
 
 
-ATTENDED = 4
-"""A branch's attention holds its prompt's keys and values once more: so many tokens attended to count as one."""
+ATTENDED = 16
+"""A branch's attention may hold its prompt's keys and values once more: so many tokens attended to count as one. (Of a
+layer's activations keys and values are about a fifteenth, and less where heads share them.)"""
 
 
 @dataclass(kw_only=True, slots=True)
