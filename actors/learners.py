@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors import cluster
-from actors.shared_weights import share
+from actors.shared_weights import prepare, share
 from actors.supervision import PULSE_GROUP, Progress, Pulse, Supervisor, death
 from online_po import cpu
 from online_po.batching import COLUMNS
@@ -102,7 +102,7 @@ class _Rank:
         from peft import PeftModel
 
         from online_po.adapters import require_mergeable
-        from online_po.policy_model import saved_as_named, stored_shapes
+        from online_po.policy_model import policy_tensors, saved_as_named, stored_shapes
 
         generator, model = self.config.generator, self.learner.model
         told = [str(self.learner.sharing)] if self.learner.sharing.why_not else []
@@ -110,10 +110,14 @@ class _Rank:
             if generator.engine == "vllm" and generator.merges(on_cpu(self.config)):
                 require_mergeable(model, stored_shapes(self.config.model))
             return told, False
-        shares = saved_as_named(model, self.config.model)
-        if not shares:
-            told.append("generators read each policy from its folder: its files name tensors otherwise than the model")
-        return told, shares
+        why_not = None
+        if not saved_as_named(model, self.config.model):
+            why_not = "its files name tensors otherwise than the model"
+        elif not prepare(sum(tensor.nbytes for tensor in policy_tensors(model).values())):
+            why_not = "the memory, or Ray's object store in it, has no room for another copy"
+        if why_not is not None:
+            told.append(f"generators read each policy from its folder, once it is saved: {why_not}")
+        return told, why_not is None
 
     @contextmanager
     def _at(self, method: str) -> Iterator[None]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import ray
 import torch
 from ray.exceptions import RayError
@@ -20,22 +22,36 @@ MEMORY_SHARE = 0.5
 """Of the memory that is free on the learner's machine."""
 
 
+def prepare(needed: int) -> bool:
+    """Whether the store has room for so many bytes. It then takes the memory for them, and keeps it: fresh memory is
+    slow, and a round would wait for it."""
+    return _fits(needed) and _put(np.empty(needed, np.uint8)) is not None
+
+
+def _fits(needed: int) -> bool:
+    stores = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    return needed <= STORE_SHARE * min(stores) and needed <= MEMORY_SHARE * memory().available
+
+
+def _put(value: Any) -> Any:
+    try:
+        return ray.put(value)
+    except RayError:  # the store is full, and so is what it spills to
+        return None
+
+
 def share(tensors: Mapping[str, Tensor]) -> SharedWeights | None:
     """Copies tensors that are on the CPU into the store, where they stay as long as this process lives and anybody
     holds what is returned. None where memory is too short for that."""
-    needed = sum(tensor.nbytes for tensor in tensors.values())
-    stores = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
-    if needed > STORE_SHARE * min(stores) or needed > MEMORY_SHARE * memory().available:
+    if not _fits(sum(tensor.nbytes for tensor in tensors.values())):
         return None
     # As bytes: numpy knows no bfloat16, and of torch's own tensors Ray makes copies.
     packed = {
         name: (tensor.dtype, tensor.shape, tensor.contiguous().view(-1).view(torch.uint8).numpy())
         for name, tensor in tensors.items()
     }
-    try:
-        return SharedWeights(handle=ray.put(packed))
-    except RayError:  # the store is full, and so is what it spills to
-        return None
+    reference = _put(packed)
+    return None if reference is None else SharedWeights(handle=reference)
 
 
 def shared_tensors(policy: Policy) -> dict[str, Tensor] | None:

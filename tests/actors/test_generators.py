@@ -184,7 +184,7 @@ def test_a_replica_that_starts_with_a_policy_is_not_believed_if_it_did_not_move(
 
 def test_too_little_memory_to_share(monkeypatch):
     def share() -> bool:
-        return shared_weights.share({"w": torch.zeros(250)}) is not None
+        return shared_weights.prepare(1000) and shared_weights.share({"w": torch.zeros(250)}) is not None
 
     assert share()
     monkeypatch.setattr(ray, "nodes", lambda: [node(1e9), node(1500), node(0, alive=False)])
@@ -195,7 +195,7 @@ def test_too_little_memory_to_share(monkeypatch):
     assert not share()
     monkeypatch.undo()
     monkeypatch.setattr(ray, "put", lambda _: (_ for _ in ()).throw(ObjectStoreFullError("full")))
-    assert not share()
+    assert not share() and shared_weights.share({"w": torch.zeros(250)}) is None
 
 
 def node(store, alive=True):
