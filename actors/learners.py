@@ -102,7 +102,7 @@ class _Rank:
         from peft import PeftModel
 
         from online_po.adapters import require_mergeable
-        from online_po.policy_model import policy_tensors, saved_as_named, stored_shapes
+        from online_po.policy_model import policy_tensors, stored_shapes
 
         generator, model = self.config.generator, self.learner.model
         told = [str(self.learner.sharing)] if self.learner.sharing.why_not else []
@@ -111,7 +111,7 @@ class _Rank:
                 require_mergeable(model, stored_shapes(self.config.model))
             return told, False
         why_not = None
-        if not saved_as_named(model, self.config.model):
+        if not self.learner.as_named:
             why_not = "its files name tensors otherwise than the model"
         elif not prepare(sum(tensor.nbytes for tensor in policy_tensors(model).values())):
             why_not = "the memory, or Ray's object store in it, has no room for another copy"
@@ -302,9 +302,9 @@ class LearnerGroup:
             return None
         return self._call("share_policy", share)
 
-    def save_policy(self, round_: int, folder: Path) -> None:
+    def save_policy(self, round_: int, folder: Path) -> dict[str, str]:
         """See `online_po.protocols.Learner.save_policy`. With ranks on several machines the folder must be shared."""
-        self._call("save_policy", round_, folder.absolute())
+        return self._call("save_policy", round_, folder.absolute())
 
     def save_trainer(self, round_: int, folder: Path) -> dict[str, str]:
         """See `online_po.protocols.Learner.save_trainer`; the same of its folder."""

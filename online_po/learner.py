@@ -123,7 +123,11 @@ class TorchLearner:
             self._first_adapters = {name: policy_model.local(t).detach().to("cpu", copy=True) for name, t in tensors}
         self.version: int | None = 0
         """The policy version whose weights are held; None between an optimizer step and the next save."""
+        self.as_named = False
+        """On rank 0 whether a policy's folder has the names of `policy_tensors`."""
         if self.rank == 0:
+            if isinstance(self.model, PreTrainedModel):
+                self.as_named = policy_model.saved_as_named(self.model, model)
             self.tokenizer = load_tokenizer(model.path, model.path, model.revision)
 
     # -- construction ------------------------------------------------------------------------------
@@ -361,7 +365,7 @@ class TorchLearner:
                 whole = self._read(reference)
                 assert whole is not None
                 policy_model.blend_weights(own, whole, alpha)
-                policy_model.write_policy(folder, self.model, whole)
+                policy_model.write_policy(folder, self.model, whole, self.as_named, self._tick)
                 self.tokenizer.save_pretrained(folder)
         self._barrier()
 
@@ -373,12 +377,13 @@ class TorchLearner:
         whole = self._gathered()
         return put(whole) if self.rank == 0 else None
 
-    def save_policy(self, round_: int, folder: Path) -> None:
+    def save_policy(self, round_: int, folder: Path) -> dict[str, str]:
         """See `online_po.protocols.Learner.save_policy`. Raises LedgerError where the disk is full."""
+        hashes: dict[str, str] = {}
         whole = self._gathered()
         if self.rank == 0:
             with files.explained(folder):
-                policy_model.write_policy(folder, self.model, whole)
+                hashes |= policy_model.write_policy(folder, self.model, whole, self.as_named, self._tick)
                 if self.config.lora is None:
                     self.tokenizer.save_pretrained(folder)
                 self._tick()
@@ -386,6 +391,7 @@ class TorchLearner:
         fail_point("learner.policy_saved")
         self._barrier()
         self.version = round_
+        return hashes
 
     def save_trainer(self, round_: int, folder: Path) -> dict[str, str]:
         """See `online_po.protocols.Learner.save_trainer`. The folder does not depend on the number of ranks.

@@ -330,7 +330,7 @@ class Ledger(Pieces):
     @contextmanager
     def weights(self, round_: int, part: str) -> Iterator[tuple[Path, dict[str, str]]]:
         """Gives the folder to write a round's `policy` to, or what belongs to it as its `trainer`; it appears whole
-        when the block ends. The second takes the hashes that the writer has, by file."""
+        when the block ends. The dict takes the hashes that the writer has, by file."""
         self.run_lock.require_held()
         folder = self.round_dir(round_) / part
         hashes: dict[str, str] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
 )
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from online_po.adapters import ADAPTER_FILE, adapter_config, require_known_layers
 from online_po.errors import ConfigError
@@ -35,6 +35,7 @@ from online_po.logps import LogpModel
 from online_po.model_config import own_code, read_model_config
 from online_po.sections import LoraConfig, ModelConfig
 from online_po.seeds import stable_seed
+from online_po.tensor_file import write_tensors
 
 # -- loading ---------------------------------------------------------------------------------------
 
@@ -321,16 +322,27 @@ def read_policy(path: Path, config: ModelConfig, dtype: torch.dtype, is_adapter:
     return {name: tensor.detach() for name, tensor in policy_tensors(load_causal_lm(source, dtype)).items()}
 
 
-def write_policy(path: Path, model: PreTrainedModel | PeftModel, tensors: dict[str, Tensor]) -> None:
+def write_policy(
+    path: Path,
+    model: PreTrainedModel | PeftModel,
+    tensors: dict[str, Tensor],
+    as_named: bool = False,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, str]:
     """Writes a folder that transformers and vLLM load: the whole model, or a PEFT adapter (of any rank). `tensors` as
-    `policy_tensors` names them, whole, on the CPU."""
+    `policy_tensors` names them, whole, on the CPU. Returns the SHA-256 of files that it hashed, by name.
+
+    `as_named`: the model is `saved_as_named`, so that its tensors can be written as they are, past transformers."""
     path.mkdir(parents=True, exist_ok=True)
     if not isinstance(model, PeftModel):
         with _quiet():
-            model.save_pretrained(path, state_dict=dict(tensors))
-        return
+            model.save_pretrained(path, state_dict={} if as_named else dict(tensors))
+        if not as_named:
+            return {}
+        return {SAFE_WEIGHTS_NAME: write_tensors(path / SAFE_WEIGHTS_NAME, tensors, tick, {"format": "pt"})}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / ADAPTER_FILE, {"format": "pt"})
     adapter_config(model, tensors).save_pretrained(str(path))
+    return {}
 
 
 @torch.no_grad()

@@ -103,15 +103,15 @@ class Learner(Protocol):
         `SharedWeights.let_go`. None where generators are to read the folder."""
         ...
 
-    def save_policy(self, round_: int, folder: Path) -> None:
+    def save_policy(self, round_: int, folder: Path) -> dict[str, str]:
         """Writes the weights, loadable by transformers, PEFT and vLLM as they are. They are policy version `round_`
-        from here on."""
+        from here on. Returns the SHA-256, in hex, of the files that it hashed as it wrote them, by name; the others are
+        hashed from the disk."""
         ...
 
     def save_trainer(self, round_: int, folder: Path) -> dict[str, str]:
         """After `save_policy`: writes everything else that a later `load` needs to go on exactly (optimizer state,
-        RNG). Returns the SHA-256, in hex, of the files that it hashed as it wrote them, by name; the others are hashed
-        from the disk."""
+        RNG). Returns hashes, as `save_policy`."""
         ...
 
     def blend(self, reference: Policy, alpha: float, folder: Path) -> None:

@@ -160,8 +160,8 @@ def train_round(parts: Parts, round_: int, hand_over: Callable[[Policy, Probe], 
             probe = probe_of(parts.learner, ledger.committed(0).probe.token_ids)
             if shared is not None:
                 hand_over(replace(policy, shared=shared), probe)
-            with ledger.weights(round_, "policy") as (folder, _):
-                parts.learner.save_policy(round_, folder)
+            with ledger.weights(round_, "policy") as (folder, hashes):
+                hashes |= parts.learner.save_policy(round_, folder)
             if shared is None:
                 hand_over(policy, probe)
             with ledger.weights(round_, "trainer") as (folder, hashes):

@@ -1,8 +1,9 @@
 """Tensor files that are written once and seldom read: safetensors, past the page cache and hashed on the way.
 
-An optimizer's state is twice the size of the policy, and nothing reads it, or a step checkpoint, until a resume.
-Through the page cache it would push out what is read next, and have to be read again to be hashed. Where the file
-system knows no direct I/O, or refuses a write of that kind, the file is written the ordinary way.
+An optimizer's state is twice the size of the policy, and nothing reads it, or a step checkpoint, until a resume; nor
+does anything, mostly, read a policy that engines took from memory. Through the page cache files take processor time
+while engines sample, push out what is read next, and have to be read again to be hashed. Where the file system knows
+no direct I/O, or refuses a write of that kind, the file is written the ordinary way.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, cycle
 from mmap import mmap
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -40,15 +41,20 @@ DTYPES = {
 }  # fmt: skip
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], tick: Callable[[], None] = lambda: None) -> str:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    tick: Callable[[], None] = lambda: None,
+    metadata: Mapping[str, str] | None = None,
+) -> str:
     """Writes tensors that are on the CPU to a safetensors file, durably. Returns its SHA-256, in hex. `tick` is
-    called after each chunk.
+    called after each chunk. `metadata`: what the format has beside tensors.
 
     Raises OSError where the disk is full or cannot be written.
     """
     # The widest first, as the format has it: each then begins at a multiple of its width.
     whole = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
-    header = _header(whole)
+    header = _header(whole, metadata)
     total = len(header) + sum(tensor.nbytes for tensor in whole.values())
     digest, at = hashlib.sha256(), 0
     writing: Future[None] | None = None
@@ -71,9 +77,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], tick: Callable[[], 
     return digest.hexdigest()
 
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
     """What a safetensors file begins with: 8 bytes that hold the length of the JSON that follows."""
-    entries, at = {}, 0
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    at = 0
     for name, tensor in tensors.items():
         offsets = [at, at + tensor.nbytes]
         entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}

@@ -224,8 +224,8 @@ class FakeLearner:
         self.skill = -1000.0
         self.held.clear()
 
-    def save_policy(self, round_: int, folder: Path) -> None:
-        (folder / "skill.json").write_text(json.dumps(self.skill))
+    def save_policy(self, round_: int, folder: Path) -> dict[str, str]:
+        return _write_skill(json.dumps(self.skill), folder)
 
     def save_trainer(self, round_: int, folder: Path) -> dict[str, str]:
         (folder / "state.json").write_text(json.dumps({"round": round_}))

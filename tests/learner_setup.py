@@ -106,6 +106,5 @@ def plain_logps(lm: Any, pairs: pa.Table, side: str) -> np.ndarray:
 
 
 def save(learner: Any, round_: int, policy: Path, trainer: Path) -> dict[str, str]:
-    """Both folders of a round; the hashes that the learner has of the second."""
-    learner.save_policy(round_, policy)
-    return learner.save_trainer(round_, trainer)
+    """Both folders of a round; the hashes that the learner has of their files, by name."""
+    return learner.save_policy(round_, policy) | learner.save_trainer(round_, trainer)

@@ -37,6 +37,7 @@ def finished(tmp_path_factory) -> Path:
     def with_tensors(round_, policy):
         save(round_, policy)
         save_file({"b": torch.arange(6.0).view(2, 3), "a": torch.zeros(2)}, policy / "w.safetensors", {"format": "pt"})
+        return {}
 
     parts.learner.save_policy = with_tensors
     parts.judges = LocalJudgePool(parts.config.judge, parts.ledger.judge_cache)

@@ -352,8 +352,8 @@ def test_trainer_json_is_the_last_file_of_its_folder(
     policy, trainer = tmp_path / "policy", tmp_path / "trainer"
     monkeypatch.setattr(Path, "write_text", spy)
     hashes = save(learner, 1, policy, trainer)
-    path = trainer / "optimizer.safetensors"
-    assert hashes == {"optimizer.safetensors": hashlib.sha256(path.read_bytes()).hexdigest()}
+    hashed = [trainer / "optimizer.safetensors", *([policy / "model.safetensors"] if lora is None else [])]
+    assert hashes == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in hashed}
     after = {file.name for file in trainer.iterdir()}
     assert written == [after - {"trainer.json"}] and "optimizer.safetensors" in after
 

@@ -491,7 +491,7 @@ def test_a_mean_of_policies_goes_on_from_the_one_before_and_old_ones_are_pruned(
     parts = make_parts(make_config(tmp_path, reference=reference, loop__rounds=5, checkpoint__keep=2))
     skill = {0: 0.0}
     save = parts.learner.save_policy
-    parts.learner.save_policy = lambda r, folder: (skill.__setitem__(r, parts.learner.skill), save(r, folder))
+    parts.learner.save_policy = lambda r, folder: (skill.__setitem__(r, parts.learner.skill), save(r, folder))[1]
     run_rounds(parts)
     named = [parts.ledger.committed(r).reference for r in range(6)]
     assert named == [Reference(round=r, blended=r > 0) for r in (0, 0, 2, 2, 4, 4)]

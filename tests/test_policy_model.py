@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -202,6 +203,17 @@ def test_names_in_the_folder_and_in_the_model(model: Path, tmp_path: Path) -> No
         source = ModelConfig(path=str(folder))
         loaded = policy_model.load_causal_lm(source, torch.float32)
         assert policy_model.saved_as_named(loaded, source) == same, folder
+        # Either way the folder is what transformers itself writes.
+        out = tmp_path / f"{folder.name}-out"
+        hashes = policy_model.write_policy(out, loaded, policy_model.policy_tensors(loaded), same)
+        loaded.save_pretrained(tmp_path / "plain")
+        assert {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in hashes} == hashes
+        assert bool(hashes) == same and {f.name for f in out.iterdir()} == {"config.json", *hashes} | {
+            f.name for f in (tmp_path / "plain").iterdir()
+        }
+        written, plain = (load_file(where / "model.safetensors") for where in (out, tmp_path / "plain"))
+        assert written.keys() == plain.keys() and all(torch.equal(written[name], plain[name]) for name in plain)
+        assert AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)[1]["missing_keys"] in ([], set())
 
 
 def test_a_saved_adapter_is_a_peft_folder(model: Path, tmp_path: Path) -> None:

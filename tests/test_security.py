@@ -73,9 +73,9 @@ def trained(tmp_path_factory, tiny_model) -> Path:
     parts = make_parts(config)
     fake = parts.learner
 
-    def save_policy(round_: int, folder: Path) -> None:
+    def save_policy(round_: int, folder: Path) -> dict[str, str]:
         fake.__class__.save_policy(fake, round_, folder)
-        learner.save_policy(round_, folder)
+        return learner.save_policy(round_, folder)
 
     def save_trainer(round_: int, folder: Path) -> dict[str, str]:
         fake.__class__.save_trainer(fake, round_, folder)
