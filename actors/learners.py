@@ -111,7 +111,9 @@ class _Rank:
                 require_mergeable(model, stored_shapes(self.config.model))
             return told, False
         why_not = None
-        if not self.learner.as_named:
+        if generator.tensor_parallel > 1:
+            why_not = "engines of several processes take no weights from memory"
+        elif not self.learner.as_named:
             why_not = "its files name tensors otherwise than the model"
         elif not prepare(sum(tensor.nbytes for tensor in policy_tensors(model).values())):
             why_not = "the memory, or Ray's object store in it, has no room for another copy"
@@ -296,11 +298,14 @@ class LearnerGroup:
         return self._call("token_logps", list(token_ids))
 
     def share_policy(self) -> SharedWeights | None:
-        """See `online_po.protocols.Learner.share_policy`. Adapters are small, and read from their folder; so is
-        everything by engines of several processes."""
-        if not self._shares or self._config.generator.tensor_parallel > 1:
+        """See `online_po.protocols.Learner.share_policy`. Adapters are small, and read from their folder; what else is,
+        was told when the ranks were ready."""
+        if not self._shares:
             return None
-        return self._call("share_policy", share)
+        shared: SharedWeights | None = self._call("share_policy", share)
+        if shared is None:
+            self._supervisor.tell("Ray's object store is full: generators read this policy from its folder")
+        return shared
 
     def save_policy(self, round_: int, folder: Path) -> dict[str, str]:
         """See `online_po.protocols.Learner.save_policy`. With ranks on several machines the folder must be shared."""

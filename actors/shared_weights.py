@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayError
 from torch import Tensor
 
-from online_po.errors import PolicyGoneError, first_line
+from online_po.errors import EngineError, PolicyGoneError, first_line
 from online_po.memory import memory
 from online_po.types import Policy, SharedWeights
 
@@ -23,14 +23,12 @@ MEMORY_SHARE = 0.5
 
 
 def prepare(needed: int) -> bool:
-    """Whether the store has room for so many bytes. It then takes the memory for them, and keeps it: fresh memory is
-    slow, and a round would wait for it."""
-    return _fits(needed) and _put(np.empty(needed, np.uint8)) is not None
-
-
-def _fits(needed: int) -> bool:
+    """Whether the store has room for so many bytes. It then takes the memory for them, and keeps it for what is shared:
+    fresh memory is slow, and a round would wait for it."""
     stores = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
-    return needed <= STORE_SHARE * min(stores) and needed <= MEMORY_SHARE * memory().available
+    if needed > STORE_SHARE * min(stores) or needed > MEMORY_SHARE * memory().available:
+        return False
+    return _put(np.empty(needed, np.uint8)) is not None
 
 
 def _put(value: Any) -> Any:
@@ -42,9 +40,7 @@ def _put(value: Any) -> Any:
 
 def share(tensors: Mapping[str, Tensor]) -> SharedWeights | None:
     """Copies tensors that are on the CPU into the store, where they stay as long as this process lives and anybody
-    holds what is returned. None where memory is too short for that."""
-    if not _fits(sum(tensor.nbytes for tensor in tensors.values())):
-        return None
+    holds what is returned. None where it takes no more, though it was `prepare`d."""
     # As bytes: numpy knows no bfloat16, and of torch's own tensors Ray makes copies.
     packed = {
         name: (tensor.dtype, tensor.shape, tensor.contiguous().view(-1).view(torch.uint8).numpy())
@@ -57,7 +53,8 @@ def share(tensors: Mapping[str, Tensor]) -> SharedWeights | None:
 def shared_tensors(policy: Policy) -> dict[str, Tensor] | None:
     """A policy's tensors, read-only; None where its folder is to be read.
 
-    Raises PolicyGoneError if they are gone with the learner, and the folder is not there."""
+    Raises PolicyGoneError if they are gone with the learner, and the folder is not there, EngineError if they do not
+    arrive for another reason."""
     if policy.shared is None or policy.shared.handle is None:
         return None
     try:
@@ -65,8 +62,10 @@ def shared_tensors(policy: Policy) -> dict[str, Tensor] | None:
     except RayError as error:
         if policy.path.is_dir():  # saved in the meantime
             return None
-        raise PolicyGoneError(
-            f"policy {policy.version} is gone with the learner that shared it ({first_line(error)})"
+        if type(error) in (OwnerDiedError, ObjectLostError):
+            raise PolicyGoneError(f"policy {policy.version} is gone with the learner that shared it") from error
+        raise EngineError(
+            f"policy {policy.version} did not arrive from Ray's object store: {first_line(error)}"
         ) from error
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes

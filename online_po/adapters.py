@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -133,15 +134,20 @@ def merged(weights: Callable[[], Iterable[tuple[str, Tensor]]], folder: Path) ->
         yield name, weight
 
 
+def _base(module: nn.Module) -> Any:
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
 def require_mergeable(model: PeftModel, shapes: Mapping[str, Sequence[int]]) -> None:
     """Raises ConfigError unless `merged` can add the model's adapters. `shapes`: of the tensors in the starting model's
     files, by name."""
-    head = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
+    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = _base(head).weight is _base(inputs).weight
     for name, layer in lora_layers(model).items():
         own = name.removeprefix("base_model.model.")
         stored = list(shapes.get(f"{own}.weight", ())) == [layer.out_features, layer.in_features]
         # Conv1D keeps its weight transposed, and a tied head in a file is not read.
-        if not layer.lora_A or not stored or getattr(layer, "fan_in_fan_out", False) or layer is head:
+        if not layer.lora_A or not stored or getattr(layer, "fan_in_fan_out", False) or (layer is head and tied):
             raise ConfigError(
                 f"learner.lora.target_modules puts an adapter on {own!r}, which is no linear layer of its own in "
                 "the model's files: engines cannot add it to theirs. Leave it out, or set generator.lora: adapter"

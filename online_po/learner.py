@@ -125,6 +125,8 @@ class TorchLearner:
         """The policy version whose weights are held; None between an optimizer step and the next save."""
         self.as_named = False
         """On rank 0 whether a policy's folder has the names of `policy_tensors`."""
+        self._is_shared = False
+        """On rank 0 whether engines have the weights as they are now from memory."""
         if self.rank == 0:
             if isinstance(self.model, PreTrainedModel):
                 self.as_named = policy_model.saved_as_named(self.model, model)
@@ -375,7 +377,9 @@ class TorchLearner:
         if put is None:
             return None
         whole = self._gathered()
-        return put(whole) if self.rank == 0 else None
+        shared = put(whole) if self.rank == 0 else None
+        self._is_shared = shared is not None
+        return shared
 
     def save_policy(self, round_: int, folder: Path) -> dict[str, str]:
         """See `online_po.protocols.Learner.save_policy`. Raises LedgerError where the disk is full."""
@@ -383,7 +387,8 @@ class TorchLearner:
         whole = self._gathered()
         if self.rank == 0:
             with files.explained(folder):
-                hashes |= policy_model.write_policy(folder, self.model, whole, self.as_named, self._tick)
+                direct, self._is_shared = self._is_shared, False
+                hashes |= policy_model.write_policy(folder, self.model, whole, self.as_named, self._tick, direct)
                 if self.config.lora is None:
                     self.tokenizer.save_pretrained(folder)
                 self._tick()

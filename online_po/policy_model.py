@@ -7,6 +7,7 @@ them between rank 0 and the shards. With one rank both are plain copies.
 from __future__ import annotations
 
 import functools
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
 )
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from online_po.adapters import ADAPTER_FILE, adapter_config, require_known_layers
 from online_po.errors import ConfigError
@@ -298,8 +299,14 @@ def policy_tensors(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
 def stored_shapes(config: ModelConfig) -> dict[str, list[int]]:
     """The shape of each tensor in a model's safetensors files, by its name there. transformers renames and merges some
     as it reads them, experts' say, and takes that back as it writes."""
+    index = Path(config.path) / SAFE_WEIGHTS_INDEX_NAME
+    files = {SAFE_WEIGHTS_NAME}
+    if index.is_file():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     shapes: dict[str, list[int]] = {}
-    for file in Path(config.path).glob("*.safetensors"):
+    for file in (Path(config.path) / name for name in sorted(files)):
+        if not file.is_file():  # a model in another format, whose names are not looked at
+            return {}
         with safe_open(file, "pt") as stored:
             shapes |= {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
     return shapes
@@ -328,18 +335,20 @@ def write_policy(
     tensors: dict[str, Tensor],
     as_named: bool = False,
     tick: Callable[[], None] = lambda: None,
+    direct: bool = False,
 ) -> dict[str, str]:
     """Writes a folder that transformers and vLLM load: the whole model, or a PEFT adapter (of any rank). `tensors` as
     `policy_tensors` names them, whole, on the CPU. Returns the SHA-256 of files that it hashed, by name.
 
-    `as_named`: the model is `saved_as_named`, so that its tensors can be written as they are, past transformers."""
+    `as_named`: the model is `saved_as_named`, so that its tensors can be written as they are, without transformers.
+    `direct`: past the page cache, where nobody is to read them soon."""
     path.mkdir(parents=True, exist_ok=True)
     if not isinstance(model, PeftModel):
         with _quiet():
             model.save_pretrained(path, state_dict={} if as_named else dict(tensors))
         if not as_named:
             return {}
-        return {SAFE_WEIGHTS_NAME: write_tensors(path / SAFE_WEIGHTS_NAME, tensors, tick, {"format": "pt"})}
+        return {SAFE_WEIGHTS_NAME: write_tensors(path / SAFE_WEIGHTS_NAME, tensors, tick, {"format": "pt"}, direct)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / ADAPTER_FILE, {"format": "pt"})
     adapter_config(model, tensors).save_pretrained(str(path))
     return {}

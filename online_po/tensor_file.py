@@ -46,9 +46,10 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     tick: Callable[[], None] = lambda: None,
     metadata: Mapping[str, str] | None = None,
+    direct: bool = True,
 ) -> str:
     """Writes tensors that are on the CPU to a safetensors file, durably. Returns its SHA-256, in hex. `tick` is
-    called after each chunk. `metadata`: what the format has beside tensors.
+    called after each chunk. `metadata`: what the format has beside tensors. `direct`: past the page cache.
 
     Raises OSError where the disk is full or cannot be written.
     """
@@ -58,7 +59,7 @@ def write_tensors(
     total = len(header) + sum(tensor.nbytes for tensor in whole.values())
     digest, at = hashlib.sha256(), 0
     writing: Future[None] | None = None
-    descriptor = _open(path)
+    descriptor = _open(path, DIRECT if direct else 0)
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="disk") as disk:
             for chunk in _chunks(header, whole, total):
@@ -117,10 +118,10 @@ def _bytes(tensor: Tensor) -> Bytes:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def _open(path: Path) -> int:
+def _open(path: Path, direct: int) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
-        return os.open(path, flags | DIRECT, 0o666)
+        return os.open(path, flags | direct, 0o666)
     except OSError as error:
         if error.errno not in REFUSED:
             raise

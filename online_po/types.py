@@ -176,13 +176,13 @@ class SharedWeights:
     """What the learner and the generators make of it; None once it was let go."""
 
     def let_go(self) -> None:
-        """The weights are in their folder, for good: their memory may be used again."""
+        """The weights' round is committed, so their folder is there: their memory may be used again."""
         self.handle = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
-    """Weights as one round left them, on disk."""
+    """Weights as one round left them: in their folder, or handed over before that is written (`shared`)."""
 
     version: int
     """The round that produced it; 0 is the starting model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,16 @@ import pytest
 import ray
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from actors import learners
 from actors.learners import LearnerGroup
 from actors.shared_weights import shared_tensors
 from actors.supervision import Supervisor
 from make_tiny_model import make_tiny_model
 from online_po.config import Config
 from online_po.errors import ConfigError, LearnerLostError, NonFiniteError, OnlinePOError
+from online_po.prefix_sharing import Sharing
 from online_po.types import Policy
 from tests.fakes import FakeObserver
 from tests.learner_setup import collect_logps, make_pairs, save
@@ -83,12 +87,36 @@ def test_shared_weights_are_those_that_are_saved(model: Path, tmp_path: Path, ra
         saved = load_file(tmp_path / "policy" / "model.safetensors")
         assert tensors.keys() == saved.keys()
         assert all(torch.equal(tensors[name], saved[name]) for name in saved)
-        group._config = make_config(model, ranks, tensor_parallel=2)
-        assert group.share_policy() is None  # its engines are not in their actors' processes
         shared.let_go()
         assert shared_tensors(Policy(version=1, path=tmp_path / "policy", shared=shared)) is None
     finally:
         group.close()
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({}, None),
+        ({"tensor_parallel": 2}, "engines of several processes"),
+        ({"as_named": False}, "name tensors otherwise"),
+        ({"room": False}, "no room for another copy"),
+    ],
+    ids=str,
+)
+def test_what_is_told_of_policies_that_are_not_shared(
+    model: Path, monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any], told: str | None
+) -> None:
+    prepared: list[int] = []
+    monkeypatch.setattr(learners, "prepare", lambda needed: prepared.append(needed) or setting.get("room", True))
+    rank = learners._Rank(make_config(model, tensor_parallel=setting.get("tensor_parallel", 1)), 0, 1, 100, False)
+    lm = AutoModelForCausalLM.from_pretrained(model)
+    rank.learner = SimpleNamespace(sharing=Sharing(), model=lm, as_named=setting.get("as_named", True))
+    texts, shares = rank._about()
+    assert shares == (told is None) and len(texts) == (told is not None)
+    assert all(told in text and "once it is saved" in text for text in texts if told)
+    size = (model / "model.safetensors").stat().st_size
+    assert all(0.9 * size < needed <= size for needed in prepared)
+    assert bool(prepared) == (told in (None, "no room for another copy"))
 
 
 def test_one_rank_and_two_do_the_same_work(model: Path, tmp_path: Path) -> None:
