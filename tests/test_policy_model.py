@@ -7,6 +7,7 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from online_po import policy_model
 from online_po.errors import ConfigError
 from online_po.policy_model import decoder_layers
 from online_po.sections import LoraConfig, ModelConfig
+from online_po.tensor_file import write_tensors
 from online_po.types import Policy, SharedWeights
 from tests.learner_setup import (
     collect_logps,
@@ -189,6 +191,25 @@ def test_what_is_shared_is_what_is_saved(tied: bool, tmp_path: Path) -> None:
     assert shared.handle.keys() == saved.keys()
     assert all(torch.equal(shared.handle[name], saved[name]) for name in saved)
     assert learner.share_policy() is None  # it has nowhere to put them
+
+
+def test_what_engines_read_stays_in_the_page_cache(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, past = make_learner(model, learner_config()), list[bool]()
+
+    def write(path: Path, tensors: Any, tick: Any, metadata: Any, direct: bool) -> str:
+        past.append(direct)
+        return write_tensors(path, tensors, tick, metadata, direct)
+
+    monkeypatch.setattr(policy_model, "write_tensors", write)
+    learner.save_policy(1, tmp_path / "1")
+    learner.share_policy(lambda tensors: SharedWeights(handle=tensors))
+    learner.save_policy(2, tmp_path / "2")
+    learner.save_policy(3, tmp_path / "3")
+    learner.share_policy(lambda _tensors: None)  # there was no room
+    learner.save_policy(4, tmp_path / "4")
+    assert past == [False, True, False, False]
 
 
 def test_names_in_the_folder_and_in_the_model(model: Path, tmp_path: Path) -> None:

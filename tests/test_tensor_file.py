@@ -121,6 +121,12 @@ def test_it_goes_past_the_page_cache(tmp_path, monkeypatch):
     assert disk.opened == [True] and all(disk.direct) and all(length % BLOCK == 0 for length in disk.lengths)
 
 
+def test_through_the_page_cache_where_it_is_read_soon(tmp_path, monkeypatch):
+    disk, tensors = Disk(monkeypatch), state(9000)
+    require_whole(tmp_path / "t", write_tensors(tmp_path / "t", tensors, direct=False), tensors)
+    assert disk.opened == [False] and not any(disk.direct)
+
+
 @pytest.mark.parametrize("number", sorted(tensor_file.REFUSED))
 def test_a_file_system_that_knows_no_direct_io(tmp_path, monkeypatch, number):
     disk, tensors = Disk(monkeypatch), state(9000)
