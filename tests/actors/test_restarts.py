@@ -174,7 +174,7 @@ def test_killed_while_it_takes_new_weights(pair: Replicas, tiny_model: Path) -> 
 
     def wait(actor: Any) -> None:
         load = actor._engine.load
-        actor._engine.load = lambda policy: (time.sleep(1000), load(policy))
+        actor._engine.load = lambda *given: (time.sleep(1000), load(*given))
 
     pid = pid_of(pair.group._replicas[1].actor)
     ray.get(pair.group._replicas[1].actor.__ray_call__.remote(wait))
