@@ -35,8 +35,8 @@ class MicroBatch:
 
 
 ATTENDED = 16
-"""A branch's attention may hold its prompt's keys and values once more: so many tokens attended to count as one. (Of a
-layer's activations keys and values are about a fifteenth, and less where heads share them.)"""
+"""A branch's attention may hold its prompt's keys and values once more: so many tokens attended to count as one. By
+count: of what a layer keeps for a token, keys and values are about a fifteenth, and less where heads share them."""
 
 
 @dataclass(kw_only=True, slots=True)
