@@ -92,7 +92,7 @@ class GeneratorGroup:
         self._proved: Probe | None = None
         """What replicas were proved on last."""
         self._start: Probe | None = None
-        """The same of the starting model, if it was ever held."""
+        """The same of the starting model, which an engine begins with; None: not known."""
         self._closed = False
         self._replicas = [
             self._make(number, config.generator.max_num_seqs) for number in range(config.generator.replicas)
@@ -174,10 +174,10 @@ class GeneratorGroup:
         # A caller that stops listening leaves what was handed out to finish unheard. Cancelling it is no
         # gain: Ray 2.60 then waits 30 s for the missing call and fails the ones behind it.
 
-    def sync(self, policy: Policy, probe: Probe) -> list[SyncReport]:
+    def sync(self, policy: Policy, probe: Probe, start: Probe | None = None) -> list[SyncReport]:
         """See `online_po.protocols.Generator`. Replicas load side by side. EngineError if one fails too often."""
         with self._lock:
-            self._held = policy, probe
+            self._held, self._start = (policy, probe), start or self._start
             asked = [(replica, replica.actor.sync.remote(policy, probe)) for replica in self._replicas]
         try:
             reports = [self._synced(replica, ref, policy, probe) for replica, ref in asked]
@@ -195,7 +195,7 @@ class GeneratorGroup:
         try:
             self._prove(replica)
             report: SyncReport = self._get(replica, ref)
-            self._require(report, policy, probe, self._proved)
+            self._require(report, policy, probe, self._proved or self._start)
             return report
         except PolicyGoneError as gone:
             if replica.ready:
@@ -229,7 +229,7 @@ class GeneratorGroup:
                     replica = self._replace(replica, lost)
                     ref = replica.actor.answer.remote(part, sampling, policy, probe)
             if report is not None:
-                self._require(report, policy, probe, self._proved)
+                self._require(report, policy, probe, self._proved or self._start)
             groups += found
         return groups
 

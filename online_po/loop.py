@@ -292,7 +292,7 @@ class _WeightHolder:
         self.held = None
         with self.parts.phase("sync", round_):
             policy = ledger.policy(version, self.parts.start) if newest is None else newest.policy
-            reports = self.parts.generator.sync(policy, probe)
+            reports = self.parts.generator.sync(policy, probe, start=ledger.committed(0).probe)
         self.held = version, probe
         error = max(report.mean_logp_error for report in reports)
         self.parts.observer.message(

@@ -33,10 +33,11 @@ class Generator(Protocol):
         """
         ...
 
-    def sync(self, policy: Policy, probe: Probe) -> list[SyncReport]:
+    def sync(self, policy: Policy, probe: Probe, start: Probe | None = None) -> list[SyncReport]:
         """Loads the policy's weights into every replica, drops what was cached under the old ones,
         and proves the new ones (version tag and probe logps). Where `policy.shared` is given, its folder need not be
-        there yet. Raises SyncError on a mismatch."""
+        there yet. `start`: the probe under the starting model, which a replica holds before its first sync: only
+        where its logps are the new ones may such a replica go on saying the same. Raises SyncError on a mismatch."""
         ...
 
 

@@ -204,7 +204,7 @@ class LocalGenerator:
             for groups in self._engine.generate(requests, sampling):
                 yield index, groups
 
-    def sync(self, policy: Policy, probe: Probe) -> list[SyncReport]:
+    def sync(self, policy: Policy, probe: Probe, start: Probe | None = None) -> list[SyncReport]:
         self._engine.load(policy)
         said = self._engine.token_logps(probe.token_ids)
         error = max(abs(a - b) for a, b in zip(said, probe.token_logps, strict=True))

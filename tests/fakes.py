@@ -82,6 +82,7 @@ class FakeGenerator:
         self.skill: float | None = None
         self.version = -1
         self.log: list[tuple] = []
+        self.start: Probe | None = None
         self.fail_after: int | None = None
 
     def generate(
@@ -116,8 +117,8 @@ class FakeGenerator:
             )
         return Group(prompt=request.prompt, responses=tuple(responses))
 
-    def sync(self, policy: Policy, probe: Probe) -> list[SyncReport]:
-        self.skill, self.version = read_skill(policy), policy.version
+    def sync(self, policy: Policy, probe: Probe, start: Probe | None = None) -> list[SyncReport]:
+        self.skill, self.version, self.start = read_skill(policy), policy.version, start
         self.log.append(("sync", policy.version))
         if abs(probe.token_logps[0] - self.skill) > 1e-9:
             raise SyncError(f"probe says {probe.token_logps[0]}, the generator holds {self.skill}")

@@ -50,7 +50,7 @@ NAMED = {
 class ScriptedGenerator(FakeGenerator):
     """Takes any policy folder; its responses do not depend on the weights."""
 
-    def sync(self, policy: Policy, probe: Probe) -> list[SyncReport]:
+    def sync(self, policy: Policy, probe: Probe, start: Probe | None = None) -> list[SyncReport]:
         self.skill, self.version = 0.0, policy.version
         return [SyncReport(replica=0, policy_version=policy.version, mean_logp_error=0.0, unmoved=False, seconds=0.0)]
 

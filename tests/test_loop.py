@@ -158,6 +158,7 @@ def test_after_a_resume_the_generators_get_the_committed_weights_first(tmp_path)
     again = make_parts(config)
     run_rounds(again)
     assert again.generator.log[0] == ("sync", 1)
+    assert again.generator.start == parts.ledger.committed(0).probe  # what its engines began with
     assert again.learner.log[0] == ("load", 1)
 
 

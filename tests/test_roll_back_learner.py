@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class AnyGenerator(FakeGenerator):
     """Takes any policy's folder."""
 
-    def sync(self, policy: Policy, probe: Any) -> list[SyncReport]:
+    def sync(self, policy: Policy, probe: Any, start: Any = None) -> list[SyncReport]:
         self.skill, self.version = 0.1 * policy.version, policy.version
         return [SyncReport(replica=0, policy_version=policy.version, mean_logp_error=0.0, unmoved=False, seconds=0.0)]
 

@@ -206,6 +206,21 @@ def test_a_replica_that_comes_back_with_other_weights_stops_the_run(make, monkey
         list(group.generate(iter(CHUNKS), SamplingConfig(max_tokens=8)))
 
 
+def test_only_the_starts_own_weights_may_look_unmoved_in_a_new_engine(make, monkeypatch):
+    """A resumed run's policy may be the starting model, bit for bit, where guards left all of its steps out."""
+    monkeypatch.setattr(FakeActor, "sync_", lambda self, policy, probe: SyncReport(
+        replica=self.number, policy_version=policy.version, mean_logp_error=0.0, unmoved=True, seconds=0.0
+    ))  # fmt: skip
+    for start in (None, PROBES[0]):
+        group, _, _ = make(1, deadly=0.0, hungry=0.0)
+        with pytest.raises(SyncError, match="replica 0 should hold policy 2, .* the weights did not arrive"):
+            group.sync(POLICIES[2], PROBES[2], start=start)
+    group, fake, _ = make(1, deadly=0.0, hungry=0.0)
+    assert len(group.sync(POLICIES[2], PROBES[2], start=PROBES[2])) == 3
+    fake.actors[0].dead = True  # so is one in its place
+    assert list(group.generate(iter(CHUNKS), SamplingConfig(max_tokens=8)))
+
+
 def engine_error(words: str) -> Exception:
     return RayTaskError("f", "", EngineError(words))
 
