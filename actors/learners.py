@@ -105,7 +105,7 @@ class _Rank:
         from online_po.policy_model import policy_tensors, stored_shapes
 
         generator, model = self.config.generator, self.learner.model
-        told = [str(self.learner.sharing)] if self.learner.sharing.why_not else []
+        told = list(self.learner.sharing.told)
         if isinstance(model, PeftModel):
             if generator.engine == "vllm" and generator.merges(on_cpu(self.config)):
                 require_mergeable(model, stored_shapes(self.config.model))

@@ -39,7 +39,7 @@ from online_po.model_config import load_tokenizer
 from online_po.objective import Objective
 from online_po.optimizer import build_optimizer, optimizer_tensors, read_optimizer
 from online_po.packing import MicroBatch
-from online_po.prefix_sharing import Sharing, share_prompts
+from online_po.prefix_sharing import Sharing, share_prompts, with_kernels
 from online_po.schedule import learning_rate, run_progress
 from online_po.scoring import Scoring
 from online_po.sections import LearnerConfig, ModelConfig
@@ -98,7 +98,9 @@ class TorchLearner:
             torch.cuda.set_device(self.device)
         self.param_dtype: torch.dtype = getattr(torch, learner.param_dtype)
         self.compute_dtype: torch.dtype = getattr(torch, learner.compute_dtype)
-        self.model, self.scorer, self.sharing = self._build()
+        self.model, self.scorer, sharing = self._build()
+        text_config = self.scorer.model.config.get_text_config()
+        self.sharing = with_kernels(sharing, text_config, self.device, self.compute_dtype)
         self._most_tokens = min(learner.micro_batch_tokens, micro_batch_tokens or learner.micro_batch_tokens)
         self._tick = tick
         self._recomputes, self._recomputed_first = False, bool(learner.gradient_checkpointing or recompute)

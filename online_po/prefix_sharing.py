@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from online_po.batching import PAIR_SIDES, Examples
 from online_po.errors import first_line
+from online_po.gpu_attention import Shape, fault_of
 from online_po.logps import LogpModel
 from online_po.packing import collate
 from online_po.policy_model import decoder_layers
@@ -38,11 +39,22 @@ class Sharing:
     """Those of at most so many tokens, prompt and response: 0 none, infinity all."""
     why_not: str | None = None
     """Why not all."""
+    slow: str | None = None
+    """Why a GPU computes their attention piece by piece."""
 
-    def __str__(self) -> str:
-        """What to tell of it."""
-        which = "no responses share" if self.longest == 0 else f"responses beyond {self.longest} tokens do not share"
-        return f"learner.prefix_sharing: {which} their prompt's pass through the model: {self.why_not}"
+    @property
+    def told(self) -> list[str]:
+        """What there is to say of it."""
+        found = []
+        if self.why_not is not None:
+            which = "no responses" if self.longest == 0 else f"responses beyond {self.longest} tokens do not"
+            found.append(f"learner.prefix_sharing: {which} share their prompt's pass through the model: {self.why_not}")
+        if self.slow is not None:
+            found.append(
+                "learner.prefix_sharing: the attention of shared prompts is computed by one call for each prompt and "
+                f"each response, and not by FlexAttention, which failed on a trial: {self.slow}"
+            )
+        return found
 
 
 def share_prompts(model: PreTrainedModel) -> Sharing:
@@ -69,6 +81,18 @@ def share_prompts(model: PreTrainedModel) -> Sharing:
         reason = f"{type(model).__name__} computes something else with them (log-probabilities differ by {error:.2g})"
     model.set_attn_implementation(own)
     return Sharing(why_not=reason)
+
+
+def with_kernels(sharing: Sharing, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> Sharing:
+    """Tries the kernels that a GPU would use for it, see `online_po.gpu_attention`. `dtype`: what is computed in."""
+    if device.type == "cpu" or sharing.longest == 0:
+        return sharing
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    # A layer of another shape is computed piece by piece.
+    shape = Shape(device=device, dtype=dtype, heads=heads, key_heads=key_heads, key_dim=dim, value_dim=dim)
+    return replace(sharing, slow=fault_of(shape))
 
 
 def window_of(config: PretrainedConfig) -> tuple[float, str | None]:

@@ -9,16 +9,19 @@ works token by token and needs to know nothing of it; where that is not so, `onl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from online_po import gpu_attention
 from online_po.cpu_attention import TreeAttention
 
 ATTENTION = "online_po_trees"
@@ -35,7 +38,13 @@ class Trees:
         self.sizes = sizes
         self.on_cpu = device.type == "cpu"
         self.pieces = [size for tree in sizes for size in tree]
+        self.device = device
         self._biases: dict[tuple[int, int], Tensor] = {}
+
+    @cached_property
+    def mask(self) -> BlockMask:
+        """What the row's tokens see, for FlexAttention."""
+        return gpu_attention.tree_mask(self.sizes, self.device)
 
     def bias(self, prompt: int, tokens: int) -> Tensor:
         """(tokens, prompt + tokens): what a branch's queries see of prompt and branch, as kernels know it without a
@@ -69,10 +78,18 @@ def tree_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if trees.on_cpu:
         return TreeAttention.apply(query, key, value, scaling, trees.sizes), None
-    # Such kernels take no grouped heads, and nothing casts for them.
-    kind, repeats = query.device.type, query.shape[1] // key.shape[1]
+    kind = query.device.type  # nothing casts for these kernels
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-    query, key, value = query.to(dtype), repeat_kv(key, repeats).to(dtype), repeat_kv(value, repeats).to(dtype)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if gpu_attention.is_proven(gpu_attention.Shape.of(query, key, value)):
+        return gpu_attention.attend(module, query, key, value, scaling, trees.mask), None
+    return _piece_by_piece(query, key, value, scaling, trees), None
+
+
+def _piece_by_piece(query: Tensor, key: Tensor, value: Tensor, scaling: float, trees: Trees) -> Tensor:
+    """The same by torch's kernels, one call for each prompt and each branch."""
+    repeats = query.shape[1] // key.shape[1]  # where a bias is given, not all of them take grouped heads
+    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
     pieces = zip(*(tensor.split(trees.pieces, dim=2) for tensor in (query, key, value)), strict=True)
     found = []
     for prompt, *branches in trees.sizes:
@@ -83,7 +100,7 @@ def tree_attention(
             keys, values = torch.cat([prompt_key, own_key], dim=2), torch.cat([prompt_value, own_value], dim=2)
             bias = trees.bias(prompt, tokens)
             found.append(scaled_dot_product_attention(own, keys, values, attn_mask=bias, scale=scaling))
-    return torch.cat(found, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(found, dim=2).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(ATTENTION, tree_attention)

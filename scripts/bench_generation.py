@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rich.console import Console
 from rich.table import Table
 
+from own_process import measure
+
 
 def make_config(task: dict[str, Any]) -> Any:
     from online_po import Config
@@ -154,16 +156,10 @@ def main() -> None:
             "max_tokens": args.max_tokens,
             "chunks": args.chunks,
         }
-        (folder / "task.json").touch()
         for repeat in range(args.repeats):
             for kind in KINDS:
-                (folder / "task.json").write_text(json.dumps(task | {"kind": kind}))
-                command = [sys.executable, __file__, "--task", str(folder / "task.json"), "--out", str(folder / "out")]
                 with console.status(f"{kind}, {repeat + 1} of {args.repeats}"):
-                    done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise SystemExit(f"{kind} failed:\n{done.stderr[-3000:]}")
-                found[kind].append(json.loads((folder / "out").read_text()))
+                    found[kind].append(measure(__file__, task | {"kind": kind}))
     rates = {kind: statistics.median(run["tokens"] / run["seconds"] for run in runs) for kind, runs in found.items()}
     table = Table("", "tokens", "tokens/s", "share of the bare engine's")
     for kind, rate in rates.items():

@@ -8,14 +8,14 @@ Needs no vLLM, no Ray and no weights: the model is of Llama's shape with random 
 steps are timed after a first one, in bfloat16 with float32 weights (LoRA: bfloat16 ones), reference log-probabilities
 there before. A prompt has k responses, which make k / 2 pairs. Floating-point operations are those that training needs
 for the tokens that go through the model: 6 for each weight and token (LoRA: 4), the head's for response tokens alone,
-and those of attention; what is computed again counts nothing. Each measurement is a process of its own.
+and those of attention; what is computed again counts nothing. Each measurement is a process of its own. Shared prompts'
+attention goes through FlexAttention where that passes its trial, and, to compare, piece by piece.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +29,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from own_process import MeasurementError, measure
+
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 1024},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256},
@@ -36,6 +38,7 @@ SHAPES: dict[str, dict[str, int]] = {
 HEAD_SIZE = 64
 PROMPTS = 8
 """Of an optimizer step."""
+KINDS = ("plain", "shared", "shared, by pieces")
 
 
 def make_model(folder: Path, shape: dict[str, int]) -> None:
@@ -85,7 +88,7 @@ def needed(shape: dict[str, int], task: dict[str, Any]) -> float:
     body = layers * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * shape["intermediate_size"])
     prompt, response, branches = task["prompt_tokens"], task["response_tokens"], task["branches"]
     responses = branches * response
-    if task["shared"]:
+    if task["kind"] != "plain":
         tokens = prompt + responses
         pairs = prompt**2 / 2 + branches * (response * prompt + response**2 / 2)
     else:
@@ -96,8 +99,8 @@ def needed(shape: dict[str, int], task: dict[str, Any]) -> float:
     return PROMPTS * (products + 3 * 4 * hidden * layers * pairs)
 
 
-def matrix_peak() -> dict[str, float]:
-    """Operations a second of large bfloat16 matrix products: the most of ten."""
+def matrix_peak() -> dict[str, Any]:
+    """Operations a second of large bfloat16 matrix products, the most of ten, and where."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,7 +113,7 @@ def matrix_peak() -> dict[str, float]:
         left @ right
         wait()
         best = min(best, time.perf_counter() - began)
-    return {"flops": 2 * size**3 / best}
+    return {"flops": 2 * size**3 / best, "device": device}
 
 
 def wait() -> None:
@@ -120,12 +123,13 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def learn(task: dict[str, Any]) -> dict[str, float]:
-    """Seconds of the steps but the first, and peak memory in GiB (on a CPU the process's)."""
+def learn(task: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of the steps but the first, peak memory in GiB (on a CPU the process's), and what the learner told."""
     import pyarrow as pa
     import torch
 
     from bench_learner import peak_gib, reset_peak
+    from online_po import prefix_sharing
     from online_po.learner import TorchLearner
     from online_po.loss_configs import LOSS_BY_NAME
     from online_po.sections import LearnerConfig, ModelConfig
@@ -142,11 +146,13 @@ def learn(task: dict[str, Any]) -> dict[str, float]:
             "compute_dtype": "bfloat16",
             "param_dtype": "bfloat16" if lora else "float32",
             "lora": {"rank": 16} if lora else None,
-            "prefix_sharing": task["shared"],
+            "prefix_sharing": task["kind"] != "plain",
             "gradient_checkpointing": task["checkpointing"],
         }
     )
     losses = [LOSS_BY_NAME["sigmoid"]()]  # type: ignore[call-arg]
+    if task["kind"] == "shared, by pieces":
+        prefix_sharing.fault_of = lambda shape: "not asked for"
     learner = TorchLearner(ModelConfig.model_validate({"path": task["model"]}), config, losses, seed=0, rounds=1)
     reference = {side: np.zeros(len(pairs), dtype=np.float32) for side in ("chosen", "rejected")}
     if torch.cuda.is_available():
@@ -156,17 +162,8 @@ def learn(task: dict[str, Any]) -> dict[str, float]:
     steps = list(learner.update(1, pairs, reference, None))
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak_gib()
     found = {"seconds": float(np.median([step["seconds"] for step in steps[1:]])), "peak_gib": peak}
-    return found | {"micro_batch_tokens": steps[-1].get("micro_batch_tokens", float(task["micro_batch_tokens"]))}
-
-
-def measure(task: dict[str, Any], folder: Path) -> dict[str, float] | str:
-    """A measurement in a process of its own, or the last line of why there is none."""
-    (folder / "task.json").write_text(json.dumps(task))
-    command = [sys.executable, __file__, "--task", str(folder / "task.json"), "--out", str(folder / "found.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or ["no word"])[-1][:300]
-    return json.loads((folder / "found.json").read_text())
+    told = {"told": learner.sharing.told}
+    return told | found | {"micro_batch_tokens": steps[-1].get("micro_batch_tokens", float(task["micro_batch_tokens"]))}
 
 
 def largest(base: dict[str, int], mode: str, task: dict[str, Any], tries: int, console: Console) -> int:
@@ -183,10 +180,11 @@ def largest(base: dict[str, int], mode: str, task: dict[str, Any], tries: int, c
             make_model(folder / "model", shape)
             size = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors")) // 2
             own = {"model": str(folder / "model"), "mode": mode, "checkpointing": True, "branches": 2, "steps": 1}
-            found = measure(task | own, folder)
-        if isinstance(found, str):
-            console.print(f"{mode}: {size / 1e9:.3g} billion weights are too many: {found}")
-            break
+            try:
+                found = measure(__file__, task | own)
+            except MeasurementError as error:
+                console.print(f"{mode}: {size / 1e9:.3g} billion weights are too many: {error}")
+                break
         console.print(f"{mode}: {size / 1e9:.3g} billion weights, peak {found['peak_gib']:.1f} GiB")
         held = size
     return held
@@ -213,11 +211,8 @@ def main() -> None:
     if odd := [k for k in args.branches if k < 2 or k % 2]:
         parser.error(f"--branches: {odd[0]} responses make no whole pairs; give even numbers")
     shape, console = SHAPES[args.shape], Console()
-    with tempfile.TemporaryDirectory() as name:
-        measured = measure({}, Path(name))
-    if isinstance(measured, str):
-        raise SystemExit(measured)
-    peak = measured["flops"]
+    measured = measure(__file__, {})
+    peak, kinds = measured["flops"], KINDS if measured["device"] == "cuda" else KINDS[:2]
     console.print(f"bfloat16 matrix products: {peak / 1e12:.2f} TFLOP/s")
     figures: dict[str, Any] = {"peak_flops": peak, "learner": [], "largest": {}}
     table = Table("mode", "k", "", "response tokens/s", "speed", "of the peak", "peak, GiB")
@@ -227,7 +222,7 @@ def main() -> None:
         "micro_batch_tokens": args.micro_batch_tokens,
         "steps": args.steps,
         "checkpointing": False,
-        "shared": True,
+        "kind": "shared",
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -236,22 +231,24 @@ def main() -> None:
         cases = [(mode, k) for mode in args.modes for k in args.branches]
         for mode, k in track(cases, "measuring", console=console):
             plain = None
-            for shared in (False, True):
-                own = task | {"mode": mode, "branches": k, "shared": shared}
-                found = measure(own, folder)
-                kind = "shared" if shared else "plain"
-                if isinstance(found, str):
-                    console.print(f"{mode}, k = {k}, {kind}: {found}")
+            for kind in kinds:
+                own = task | {"mode": mode, "branches": k, "kind": kind}
+                try:
+                    found = measure(__file__, own)
+                except MeasurementError as error:
+                    console.print(f"{mode}, k = {k}, {kind}: {error}")
                     continue
+                for text in found["told"]:
+                    console.print(f"{mode}, k = {k}, {kind}: {text}")
                 rate = PROMPTS * k * args.response_tokens / found["seconds"]
                 share = needed(shape, own) / found["seconds"] / peak
                 row = {"mode": mode, "k": k, "kind": kind, "tokens_per_s": rate, "of_peak": share, **found}
                 figures["learner"].append(row)
-                if not shared:
+                if kind == "plain":
                     plain = rate
                 speed = f"{rate / plain:.2f}x" if plain is not None else ""
                 cells = (mode, str(k), kind, f"{rate:.1f}", speed, f"{share:.1%}")
-                table.add_row(*cells, f"{found['peak_gib']:.2f}", end_section=shared)
+                table.add_row(*cells, f"{found['peak_gib']:.2f}", end_section=kind == kinds[-1])
     console.print(table)
     for mode in args.modes if args.largest else []:
         figures["largest"][mode] = largest(shape, mode, task, args.largest, console)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +25,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from own_process import measure
 
 AXES: dict[str, tuple[str, list[int]]] = {
     "prompts": ("prompts of a round x 2 responses (fakes)", [100, 1_000, 10_000, 100_000, 1_000_000]),
@@ -105,20 +106,18 @@ def main() -> None:
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
     parser.add_argument("--most", type=int, default=1_000_000, help="prompts of a round (%(default)s)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--task", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.point:
-        axis, size = args.point[0], int(args.point[1])
-        print(json.dumps((of_a_learner if "(learner)" in AXES[axis][0] else of_a_round)(axis, size)))
+    if args.task:
+        task = json.loads(args.task.read_text())
+        measured = of_a_learner if "(learner)" in AXES[task["axis"]][0] else of_a_round
+        args.out.write_text(json.dumps({"found": measured(task["axis"], task["size"])}))
         return
     console, figures = Console(), dict[str, Any]()
     points = [(axis, size) for axis in args.axes for size in AXES[axis][1] if axis != "prompts" or size <= args.most]
     for axis, size in track(points, "measuring", console=console):
-        command = [sys.executable, __file__, "--point", axis, str(size)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-        figures.setdefault(axis, []).append(json.loads(done.stdout.splitlines()[-1]))
+        figures.setdefault(axis, []).append(measure(__file__, {"axis": axis, "size": size})["found"])
     table = Table("axis", "size", "seconds", "GiB", "exponent of time", "of memory")
     for axis, found in figures.items():
         sizes, seconds, memory = (list(column) for column in zip(*found, strict=True))

@@ -20,7 +20,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from own_process import MeasurementError, measure
 
 PAIRS = 8
 """Of an optimizer step."""
@@ -123,18 +124,6 @@ def faster_trl(rows: list[dict[str, Any]], rate: str) -> dict[str, Any] | None:
     return max((row for row in rows if row["kind"] in TRL), key=lambda row: row[rate], default=None)
 
 
-def measure(task: dict[str, Any], python: str, folder: Path) -> dict[str, Any]:
-    """A measurement in a process of its own."""
-    (folder / "task.json").write_text(json.dumps(task))
-    script = Path(__file__).with_name("trl_speed.py") if task["kind"] in TRL else Path(__file__)
-    settings = {"HF_HUB_OFFLINE": "1"} | process_settings(task["kind"], task["threads"])
-    command = [python, str(script), "--task", str(folder / "task.json"), "--out", str(folder / "found.json")]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return json.loads((folder / "found.json").read_text())
-
-
 def has_trl(python: str) -> bool:
     return subprocess.run([python, "-c", "import trl"], capture_output=True).returncode == 0
 
@@ -189,28 +178,34 @@ def main() -> None:
         parser.error("nothing is left to measure; give --trl-python a Python that has TRL")
     cases = [(profile, mode) for profile in args.profiles for mode in args.modes]
     figures, console = list[dict[str, Any]](), Console()
-    with tempfile.TemporaryDirectory() as folder:
-        for profile, mode in track(cases, "measuring", console=console):
-            task: dict[str, Any] = {
-                "model": str(args.model.absolute()),
-                "pairs": make_pairs(profile, args.steps + 1, vocabulary),
-                "batch": PAIRS,
-                "mode": mode,
-                "dtype": args.dtype,
-                "threads": args.threads,
-                "micro_batch_tokens": args.micro_batch_tokens,
-            }
-            found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
-            for _ in range(args.repeats):
-                for kind, python in kinds.items():
-                    found[kind].append(measure(task | {"kind": kind}, python, Path(folder)))
-            for kind, runs in found.items():
-                rates = [t / s for run in runs for t, s in zip(run["tokens"], run["seconds"], strict=True)]
+    for profile, mode in track(cases, "measuring", console=console):
+        task: dict[str, Any] = {
+            "model": str(args.model.absolute()),
+            "pairs": make_pairs(profile, args.steps + 1, vocabulary),
+            "batch": PAIRS,
+            "mode": mode,
+            "dtype": args.dtype,
+            "threads": args.threads,
+            "micro_batch_tokens": args.micro_batch_tokens,
+        }
+        found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+        for _ in range(args.repeats):
+            for kind, python in kinds.items():
+                script = str(Path(__file__).with_name("trl_speed.py")) if kind in TRL else __file__
+                variables = {"HF_HUB_OFFLINE": "1"} | process_settings(kind, args.threads)
+                try:
+                    found[kind].append(measure(script, task | {"kind": kind}, python, variables))
+                except MeasurementError as error:
+                    console.print(f"{profile}, {mode}, {kind}: {error}\n{error.output}")
+        rows = []
+        for kind, runs in found.items():
+            if rates := [t / s for run in runs for t, s in zip(run["tokens"], run["seconds"], strict=True)]:
                 row = {"profile": profile, "mode": mode, "kind": kind, "tokens_per_s": statistics.median(rates)}
-                figures.append(row | {"peak_gib": max(run["peak_gib"] for run in runs)})
-            if args.json:
-                args.json.write_text(json.dumps(figures, indent=1))
-            console.print(show(figures[-len(kinds) :]))
+                rows.append(row | {"peak_gib": max(run["peak_gib"] for run in runs)})
+        figures += rows
+        if args.json:
+            args.json.write_text(json.dumps(figures, indent=1))
+        console.print(show(rows))
     console.rule("all")
     console.print(show(figures))
 

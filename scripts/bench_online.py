@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench_learner import TRL, faster_trl, process_settings
+from own_process import MeasurementError, measure
 
 KINDS = {"online": 1, "semi-online": 4}
 """Optimizer steps between syncs."""
@@ -79,19 +80,14 @@ def ours(task: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def measure(task: dict[str, Any], python: str, folder: Path) -> dict[str, float]:
-    """A measurement in a process of its own."""
-    (folder / "task.json").write_text(json.dumps(task))
-    script = Path(__file__).with_name("trl_speed.py") if task["kind"] in TRL else Path(__file__)
+def measured(task: dict[str, Any], trl_python: str) -> dict[str, Any]:
+    """What a process of its own found. Raises MeasurementError."""
     scripts = str(Path(__file__).parent.absolute())
-    settings = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([scripts, os.environ.get("PYTHONPATH", "")])}
-    if task["kind"] in TRL:
-        settings |= process_settings(task["kind"], task["threads"])
-    command = [python, str(script), "--task", str(folder / "task.json"), "--out", str(folder / "found.json")]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-    return json.loads((folder / "found.json").read_text())
+    variables = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([scripts, os.environ.get("PYTHONPATH", "")])}
+    if task["kind"] not in TRL:
+        return measure(__file__, task, variables=variables)
+    variables |= process_settings(task["kind"], task["threads"])
+    return measure(f"{scripts}/trl_speed.py", task, trl_python, variables)
 
 
 def show(figures: list[dict[str, Any]]) -> Table:
@@ -155,8 +151,12 @@ def main() -> None:
                     "micro_batch_tokens": args.micro_batch_tokens,
                 }
                 began = time.perf_counter()
-                with console.status(f"{mode}, {kind}"):
-                    found = measure(task, args.trl_python if kind in TRL else sys.executable, Path(folder))
+                try:
+                    with console.status(f"{mode}, {kind}"):
+                        found = measured(task, args.trl_python)
+                except MeasurementError as error:
+                    console.print(f"{mode}, {kind}: {error}\n{error.output}")
+                    continue
                 figures.append({"mode": mode, "kind": kind, "pairs_per_s": found["pairs"] / found["seconds"], **found})
                 console.print(f"{mode}, {kind}: {time.perf_counter() - began:.0f} s in all")
                 if args.json:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,10 +16,11 @@ SIZES = [(5, 3, 70, 1), (1, 2), (130, 4), (9,), (3, 3, 3)]
 TOKENS = sum(map(sum, SIZES))
 
 
-def seen() -> Tensor:
+def seen(sizes: Sequence[Sequence[int]] = SIZES) -> Tensor:
     """(T, T): what each token sees."""
-    mask, start = torch.zeros(TOKENS, TOKENS, dtype=torch.bool), 0
-    for prompt, *branches in SIZES:
+    tokens, start = sum(map(sum, sizes)), 0
+    mask = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for prompt, *branches in sizes:
         end = start + prompt
         mask[start:end, start:end] = torch.ones(prompt, prompt).tril()
         for tokens in branches:
@@ -36,8 +39,8 @@ def tensors(heads: int, groups: int, dtype: torch.dtype, value_dim: int = 8) -> 
     return [tensor.to(dtype).transpose(1, 2).requires_grad_() for tensor in made]
 
 
-def expected(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    found = scaled_dot_product_attention(query, key, value, attn_mask=seen(), scale=0.3, enable_gqa=True)
+def expected(query: Tensor, key: Tensor, value: Tensor, sizes: Sequence[Sequence[int]] = SIZES) -> Tensor:
+    found = scaled_dot_product_attention(query, key, value, attn_mask=seen(sizes), scale=0.3, enable_gqa=True)
     return found.transpose(1, 2)
 
 

@@ -308,13 +308,13 @@ def test_how_long_sequences_may_be(config: PretrainedConfig, longest: float, say
 def test_another_attention_is_left_as_it_is(attention: str) -> None:
     model = make_model(CONFIGS["llama"](), attention)
     sharing = share_prompts(model)
-    assert sharing.longest == 0 and "model.attention is eager" in str(sharing)
+    assert sharing.longest == 0 and "model.attention is eager" in sharing.told[0]
     assert model.config._attn_implementation == attention
 
 
 def test_a_window_that_is_too_short_for_the_trial() -> None:
     model = make_model(MistralConfig(**SHAPE, sliding_window=8))
-    assert str(share_prompts(model)).endswith("its attention slides over windows of 8 tokens")
+    assert share_prompts(model).told[0].endswith("its attention slides over windows of 8 tokens")
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -328,7 +328,7 @@ def test_a_model_that_looks_back_otherwise_is_found_out(kind: str, dtype: torch.
         config = RecurrentGemmaConfig(**small | {"num_hidden_layers": 3}, lru_width=64, attention_window_size=32)
     model = make_model(config).to(dtype)
     sharing = share_prompts(model)
-    assert sharing.longest == 0 and "computes something else with them" in str(sharing)
+    assert sharing.longest == 0 and "computes something else with them" in sharing.told[0]
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -347,7 +347,7 @@ def test_a_model_that_takes_no_trees_goes_on_without() -> None:
         assert "trees" not in kwargs, "what is this?"
 
     handle = model.model.layers[0].register_forward_pre_hook(refuses, with_kwargs=True)
-    assert "does not take them (AssertionError: what is this?)" in str(share_prompts(model))
+    assert "does not take them (AssertionError: what is this?)" in share_prompts(model).told[0]
     handle.remove()
     assert model.config._attn_implementation == "sdpa"
 
@@ -367,7 +367,7 @@ def test_a_model_that_looks_at_neighbours_is_found_out() -> None:
     model = make_model(CONFIGS["llama"]())
     model.model.layers[1].mlp = Blurred(model.model.layers[1].mlp)
     sharing = share_prompts(model)
-    assert sharing.longest == 0 and "LlamaForCausalLM computes something else with them" in str(sharing)
+    assert sharing.longest == 0 and "LlamaForCausalLM computes something else with them" in sharing.told[0]
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -388,7 +388,7 @@ def test_longer_sequences_go_as_plain_rows(tmp_path: Path) -> None:
     model = make_model(MistralConfig(**SHAPE, sliding_window=20))
     sharing = share_prompts(model)
     assert sharing == Sharing(longest=20, why_not="its attention slides over windows of 20 tokens")
-    assert str(sharing).startswith("learner.prefix_sharing: responses beyond 20 tokens do not share")
+    assert sharing.told[0].startswith("learner.prefix_sharing: responses beyond 20 tokens do not share")
     examples = Examples(pairs_of_prompts(8, 3))
     sharing_one = Scoring(
         LogpModel(model), learner_config(), torch.device("cpu"), with_prefix=False, longest_shared=sharing.longest
