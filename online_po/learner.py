@@ -3,8 +3,9 @@
 Ranks come from torch.distributed if the process is part of a group, else there is one. Every rank is given
 the same calls with the same arguments; rank 0 reads and writes files.
 
-Here: the model in memory, a round's update step after step, weights out and in. `online_po.scoring` puts examples
-through the model, `online_po.steps` makes one optimizer step of them, `online_po.objective` knows the losses.
+Here: the model, a round's update step after step, what is saved and taken back. `online_po.held_policy` moves the
+weights, `online_po.scoring` puts examples through the model, `online_po.steps` makes one optimizer step of them,
+`online_po.objective` knows the losses.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -24,18 +23,17 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
 from online_po import files, policy_model
-from online_po.adapters import adapter_replaced, blend_adapters
 from online_po.batching import MISMATCHED, ORDER_VERSION, Examples, epoch_order, global_batches
 from online_po.errors import ConfigError, OnlinePOError, first_line, is_out_of_memory
 from online_po.fail_points import fail_point
+from online_po.held_policy import HeldPolicy, Put
 from online_po.logps import LogpModel, require_known_head
 from online_po.loss_configs import LossBase
-from online_po.model_config import load_tokenizer
 from online_po.objective import Objective
 from online_po.optimizer import build_optimizer, optimizer_tensors, read_optimizer
 from online_po.packing import MicroBatch
@@ -49,8 +47,6 @@ from online_po.steps import Known, Stepper
 from online_po.tensor_file import write_tensors
 from online_po.tree_attention import ATTENTION
 from online_po.types import Policy, SharedWeights
-
-Put: TypeAlias = Callable[[dict[str, Tensor]], SharedWeights | None]
 
 STATE_VERSION = 3
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -119,20 +115,7 @@ class TorchLearner:
         self._stepper = Stepper(
             self._scoring, self.objective, self.optimizer, self.model, skip_nonfinite=skip_nonfinite
         )
-        self._first_adapters: dict[str, Tensor] = {}
-        if learner.lora is not None:
-            tensors = policy_model.policy_tensors(self.model).items()
-            self._first_adapters = {name: policy_model.local(t).detach().to("cpu", copy=True) for name, t in tensors}
-        self.version: int | None = 0
-        """The policy version whose weights are held; None between an optimizer step and the next save."""
-        self.as_named = False
-        """On rank 0 whether a policy's folder has the names of `policy_tensors`."""
-        self._is_shared = False
-        """On rank 0 whether engines have the weights as they are now from memory."""
-        if self.rank == 0:
-            if isinstance(self.model, PreTrainedModel):
-                self.as_named = policy_model.saved_as_named(self.model, model)
-            self.tokenizer = load_tokenizer(model.path, model.path, model.revision)
+        self.policy = HeldPolicy(self.model, model, learner, self.device, self._scoring.reshard, tick)
 
     # -- construction ------------------------------------------------------------------------------
 
@@ -198,7 +181,7 @@ class TorchLearner:
         tokens = Examples(examples)
         sides = [*tokens.sides, *([MISMATCHED] if self.objective.with_kl else [])]
         left = np.ones(len(tokens), dtype=bool)
-        with self._holding(policy):
+        with self.policy.replaced_by(policy):
             while left.any():
                 rows = np.flatnonzero(left)
                 try:
@@ -272,7 +255,7 @@ class TorchLearner:
             self.objective.means = {}
         steps = self.config.epochs * math.ceil(len(tokens) / self.config.global_batch_size)
         plan = plan or StepPlan(folder=Path(), every=None)
-        self.version = None
+        self.policy.version = None
         if plan.after is not None:
             self._load_step(plan.after.folder)
         made = plan.metrics
@@ -298,106 +281,24 @@ class TorchLearner:
             order = epoch_order(tokens.prompt_groups, together, self.seed, round_, epoch)
             yield from global_batches(order, self.config.global_batch_size)
 
-    # -- weights -----------------------------------------------------------------------------------
-
-    @contextmanager
-    def _holding(self, policy: Policy) -> Iterator[None]:
-        """Inside the block the model computes with the policy's weights; afterwards it is as before, bit for bit."""
-        if policy.version == self.version and not policy.blended:
-            yield
-            self._scoring.reshard()
-        elif isinstance(self.model, PeftModel):
-            adapter = None
-            if policy.version != 0:
-                # FSDP computes with weights that it casts as it gathers them; so is this adapter's.
-                dtype = self.compute_dtype if self.ranks > 1 else torch.float32
-                adapter = policy_model.replicate(self._read(policy), self.device, dtype)
-            try:
-                with adapter_replaced(self.model, adapter):
-                    yield
-            finally:
-                self._scoring.reshard()
-        else:
-            tensors = policy_model.policy_tensors(self.model)
-            kept = {name: policy_model.local(tensor).detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            try:
-                self._take(self._read(policy))
-                yield
-            finally:
-                self._scoring.reshard()
-                with torch.no_grad():
-                    for name, tensor in tensors.items():
-                        policy_model.local(tensor).copy_(kept[name])
-
-    def _gathered(self, copy: bool = False) -> dict[str, Tensor]:
-        """The policy's tensors, whole, on rank 0's CPU, see `policy_model.gather`."""
-        found = {}
-        for name, tensor in policy_model.policy_tensors(self.model).items():
-            found[name] = policy_model.gather(tensor, copy)
-            self._tick()
-        return found
-
-    def _take(self, whole: dict[str, Tensor] | None) -> None:
-        """Writes rank 0's `policy_tensors` into the model; what the others pass is not looked at."""
-        self._scoring.reshard()
-        for name, tensor in policy_model.policy_tensors(self.model).items():
-            policy_model.spread(whole[name] if whole is not None else None, tensor)
-            self._tick()
-
-    def _read(self, policy: Policy) -> dict[str, Tensor] | None:
-        """On rank 0 the tensors of a policy folder, whole, on the CPU; None elsewhere."""
-        if self.rank != 0:
-            return None
-        path = Path(self.model_config.path) if policy.version == 0 else policy.path
-        whole = policy_model.read_policy(path, self.model_config, self.param_dtype, policy.is_adapter)
-        if odd := sorted(whole.keys() ^ policy_model.policy_tensors(self.model).keys()):
-            raise OnlinePOError(
-                f"the policy in {str(policy.path)!r} is not one of this run: it differs in {', '.join(odd[:3])}; give "
-                "the run its own folder, made with the same learner.lora"
-            )
-        return whole
+    # -- what is saved, and taken back -------------------------------------------------------------
 
     def blend(self, reference: Policy, alpha: float, folder: Path) -> None:
-        """See `online_po.protocols.Learner.blend`. Means of all weights are taken in float32, those of adapters as
-        adapters of higher rank (`online_po.adapters`)."""
-        own = self._gathered()
-        if self.rank == 0:
-            if isinstance(self.model, PeftModel):
-                other = None if reference.version == 0 else self._read(reference)
-                policy_model.write_policy(folder, self.model, blend_adapters(self.model, own, other, alpha))
-            else:
-                whole = self._read(reference)
-                assert whole is not None
-                policy_model.blend_weights(own, whole, alpha)
-                policy_model.write_policy(folder, self.model, whole, self.as_named, self._tick)
-                self.tokenizer.save_pretrained(folder)
+        """See `online_po.protocols.Learner.blend`."""
+        self.policy.blend(reference, alpha, folder)
         self._barrier()
 
     def share_policy(self, put: Put | None = None) -> SharedWeights | None:
         """See `online_po.protocols.Learner.share_policy`; by itself a learner has nowhere to `put` tensors, which get
         the names of `policy_tensors`. All ranks must call it."""
-        if put is None:
-            return None
-        whole = self._gathered()
-        shared = put(whole) if self.rank == 0 else None
-        self._is_shared = shared is not None
-        return shared
+        return None if put is None else self.policy.share(put)
 
     def save_policy(self, round_: int, folder: Path) -> dict[str, str]:
         """See `online_po.protocols.Learner.save_policy`. Raises LedgerError where the disk is full."""
-        hashes: dict[str, str] = {}
-        whole = self._gathered()
-        if self.rank == 0:
-            with files.explained(folder):
-                direct, self._is_shared = self._is_shared, False
-                hashes |= policy_model.write_policy(folder, self.model, whole, self.as_named, self._tick, direct)
-                if self.config.lora is None:
-                    self.tokenizer.save_pretrained(folder)
-                self._tick()
-                files.sync_folder(folder)  # here too: the ledger's machine may be another one
+        hashes = self.policy.save(folder)
         fail_point("learner.policy_saved")
         self._barrier()
-        self.version = round_
+        self.policy.version = round_
         return hashes
 
     def save_trainer(self, round_: int, folder: Path) -> dict[str, str]:
@@ -419,7 +320,7 @@ class TorchLearner:
         """Copies the state after a step, and leaves it to `writer` to write it. All ranks must call it."""
         if self.rank == 0:
             writer.wait()
-        policy = self._gathered(copy=True)
+        policy = self.policy.gathered(copy=True)
         moments = optimizer_tensors(self.optimizer, self._trained(), copy=True, tick=self._tick)
         state = self._state(step=step, order=ORDER_VERSION)
 
@@ -434,7 +335,7 @@ class TorchLearner:
 
     def _load_step(self, folder: Path) -> None:
         """Takes back what `_save_step` wrote. All ranks must call it."""
-        self._take(load_file(folder / POLICY_FILE) if self.rank == 0 else None)
+        self.policy.take(load_file(folder / POLICY_FILE) if self.rank == 0 else None)
         self._load_trainer(folder, step=int(folder.name), order=ORDER_VERSION)
 
     def load(self, policy: Policy, trainer_dir: Path) -> None:
@@ -443,8 +344,7 @@ class TorchLearner:
             self._start_again(policy)
             return
         self._load_trainer(trainer_dir, version=policy.version)
-        self._take(self._read(policy))
-        self.version = policy.version
+        self.policy.load(policy)
 
     def _state(self, **of: int) -> str:
         """What a learner is beside weights and moments, as JSON. Learning rates, orders and dropout are functions of
@@ -476,18 +376,11 @@ class TorchLearner:
 
     def _start_again(self, start: Policy) -> None:
         """As a new learner: adapters as they were first drawn, or the starting model's weights; no optimizer state."""
-        self._scoring.reshard()
-        if isinstance(self.model, PeftModel):
-            with torch.no_grad():
-                for name, tensor in policy_model.policy_tensors(self.model).items():
-                    policy_model.local(tensor).copy_(self._first_adapters[name])
-        else:
-            self._take(self._read(start))
+        self.policy.load(start)
         self.optimizer.state.clear()
         self.objective.means = {}
         self._scoring.micro_batch_tokens = self._most_tokens
         self._set_recomputing(self._recomputed_first)
-        self.version = 0
 
     def _barrier(self) -> None:
         if self.ranks > 1:
