@@ -195,7 +195,7 @@ class GeneratorGroup:
         try:
             self._prove(replica)
             report: SyncReport = self._get(replica, ref)
-            self._require(report, policy, probe, self._proved or self._start)
+            self._require(report, policy, probe, self._said)
             return report
         except PolicyGoneError as gone:
             if replica.ready:
@@ -229,9 +229,14 @@ class GeneratorGroup:
                     replica = self._replace(replica, lost)
                     ref = replica.actor.answer.remote(part, sampling, policy, probe)
             if report is not None:
-                self._require(report, policy, probe, self._proved or self._start)
+                self._require(report, policy, probe, self._said)
             groups += found
         return groups
+
+    @property
+    def _said(self) -> Probe | None:
+        """The probe under what replicas hold: what they were proved on, or begin with."""
+        return self._proved or self._start
 
     def _require(self, report: SyncReport, policy: Policy, probe: Probe, before: Probe | None) -> None:
         """Raises SyncError unless a replica holds the policy's weights; `before`: what the learner said of those it

@@ -113,7 +113,7 @@ class _Rank:
         why_not = None
         if generator.tensor_parallel > 1:
             why_not = "engines of several processes take no weights from memory"
-        elif not self.learner.policy.as_named:
+        elif not self.learner.held.as_named:
             why_not = "its files name tensors otherwise than the model"
         elif not prepare(sum(tensor.nbytes for tensor in policy_tensors(model).values())):
             why_not = "the memory, or Ray's object store in it, has no room for another copy"

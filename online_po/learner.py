@@ -95,8 +95,7 @@ class TorchLearner:
         self.param_dtype: torch.dtype = getattr(torch, learner.param_dtype)
         self.compute_dtype: torch.dtype = getattr(torch, learner.compute_dtype)
         self.model, self.scorer, sharing = self._build()
-        text_config = self.scorer.model.config.get_text_config()
-        self.sharing = with_kernels(sharing, text_config, self.device, self.compute_dtype)
+        self.sharing = with_kernels(sharing, self.device, self.compute_dtype)
         self._most_tokens = min(learner.micro_batch_tokens, micro_batch_tokens or learner.micro_batch_tokens)
         self._tick = tick
         self._recomputes, self._recomputed_first = False, bool(learner.gradient_checkpointing or recompute)
@@ -115,7 +114,7 @@ class TorchLearner:
         self._stepper = Stepper(
             self._scoring, self.objective, self.optimizer, self.model, skip_nonfinite=skip_nonfinite
         )
-        self.policy = HeldPolicy(self.model, model, learner, self.device, self._scoring.reshard, tick)
+        self.held = HeldPolicy(self.model, model, learner, self.device, self._scoring.reshard, tick)
 
     # -- construction ------------------------------------------------------------------------------
 
@@ -181,7 +180,7 @@ class TorchLearner:
         tokens = Examples(examples)
         sides = [*tokens.sides, *([MISMATCHED] if self.objective.with_kl else [])]
         left = np.ones(len(tokens), dtype=bool)
-        with self.policy.replaced_by(policy):
+        with self.held.replaced_by(policy):
             while left.any():
                 rows = np.flatnonzero(left)
                 try:
@@ -255,7 +254,7 @@ class TorchLearner:
             self.objective.means = {}
         steps = self.config.epochs * math.ceil(len(tokens) / self.config.global_batch_size)
         plan = plan or StepPlan(folder=Path(), every=None)
-        self.policy.version = None
+        self.held.version = None
         if plan.after is not None:
             self._load_step(plan.after.folder)
         made = plan.metrics
@@ -285,20 +284,20 @@ class TorchLearner:
 
     def blend(self, reference: Policy, alpha: float, folder: Path) -> None:
         """See `online_po.protocols.Learner.blend`."""
-        self.policy.blend(reference, alpha, folder)
+        self.held.blend(reference, alpha, folder)
         self._barrier()
 
     def share_policy(self, put: Put | None = None) -> SharedWeights | None:
         """See `online_po.protocols.Learner.share_policy`; by itself a learner has nowhere to `put` tensors, which get
         the names of `policy_tensors`. All ranks must call it."""
-        return None if put is None else self.policy.share(put)
+        return None if put is None else self.held.share(put)
 
     def save_policy(self, round_: int, folder: Path) -> dict[str, str]:
         """See `online_po.protocols.Learner.save_policy`. Raises LedgerError where the disk is full."""
-        hashes = self.policy.save(folder)
+        hashes = self.held.save(folder)
         fail_point("learner.policy_saved")
         self._barrier()
-        self.policy.version = round_
+        self.held.version = round_
         return hashes
 
     def save_trainer(self, round_: int, folder: Path) -> dict[str, str]:
@@ -320,7 +319,7 @@ class TorchLearner:
         """Copies the state after a step, and leaves it to `writer` to write it. All ranks must call it."""
         if self.rank == 0:
             writer.wait()
-        policy = self.policy.gathered(copy=True)
+        policy = self.held.gathered(copy=True)
         moments = optimizer_tensors(self.optimizer, self._trained(), copy=True, tick=self._tick)
         state = self._state(step=step, order=ORDER_VERSION)
 
@@ -335,7 +334,7 @@ class TorchLearner:
 
     def _load_step(self, folder: Path) -> None:
         """Takes back what `_save_step` wrote. All ranks must call it."""
-        self.policy.take(load_file(folder / POLICY_FILE) if self.rank == 0 else None)
+        self.held.take(load_file(folder / POLICY_FILE) if self.rank == 0 else None)
         self._load_trainer(folder, step=int(folder.name), order=ORDER_VERSION)
 
     def load(self, policy: Policy, trainer_dir: Path) -> None:
@@ -344,7 +343,7 @@ class TorchLearner:
             self._start_again(policy)
             return
         self._load_trainer(trainer_dir, version=policy.version)
-        self.policy.load(policy)
+        self.held.load(policy)
 
     def _state(self, **of: int) -> str:
         """What a learner is beside weights and moments, as JSON. Learning rates, orders and dropout are functions of
@@ -376,7 +375,7 @@ class TorchLearner:
 
     def _start_again(self, start: Policy) -> None:
         """As a new learner: adapters as they were first drawn, or the starting model's weights; no optimizer state."""
-        self.policy.load(start)
+        self.held.load(start)
         self.optimizer.state.clear()
         self.objective.means = {}
         self._scoring.micro_batch_tokens = self._most_tokens

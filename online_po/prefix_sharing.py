@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from online_po.batching import PAIR_SIDES, Examples
 from online_po.errors import first_line
-from online_po.gpu_attention import Shape, fault_of
+from online_po.gpu_attention import Shape, try_shapes
 from online_po.logps import LogpModel
 from online_po.packing import collate
 from online_po.policy_model import decoder_layers
@@ -39,6 +39,8 @@ class Sharing:
     """Those of at most so many tokens, prompt and response: 0 none, infinity all."""
     why_not: str | None = None
     """Why not all."""
+    shapes: frozenset[Shape] = field(default=frozenset(), compare=False)
+    """Of the model's attention, on the CPU where it was tried."""
     slow: str | None = None
     """Why a GPU computes their attention piece by piece."""
 
@@ -72,27 +74,23 @@ def share_prompts(model: PreTrainedModel) -> Sharing:
     try:
         model.set_attn_implementation(ATTENTION)
         with _layers_in_float32(model):
-            error, effect = _trial(model)
+            error, effect, shapes = _trial(model)
     except Exception as failure:  # whatever a model raises that takes no such attention, it can go on with plain rows
         reason = f"{type(model).__name__} does not take them ({type(failure).__name__}: {first_line(failure)})"
     else:
         if error <= DUST + SHARE * effect:  # False where either is NaN
-            return Sharing(longest=longest, why_not=bound)
+            return Sharing(longest=longest, why_not=bound, shapes=frozenset(shapes))
         reason = f"{type(model).__name__} computes something else with them (log-probabilities differ by {error:.2g})"
     model.set_attn_implementation(own)
     return Sharing(why_not=reason)
 
 
-def with_kernels(sharing: Sharing, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> Sharing:
-    """Tries the kernels that a GPU would use for it, see `online_po.gpu_attention`. `dtype`: what is computed in."""
+def with_kernels(sharing: Sharing, device: torch.device, dtype: torch.dtype) -> Sharing:
+    """Tries the kernels that a GPU would use for it, see `online_po.gpu_attention`. `dtype`: what is computed in. All
+    ranks must call it."""
     if device.type == "cpu" or sharing.longest == 0:
         return sharing
-    heads = config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    # A layer of another shape is computed piece by piece.
-    shape = Shape(device=device, dtype=dtype, heads=heads, key_heads=key_heads, key_dim=dim, value_dim=dim)
-    return replace(sharing, slow=fault_of(shape))
+    return replace(sharing, slow=try_shapes(replace(shape, device=device, dtype=dtype) for shape in sharing.shapes))
 
 
 def window_of(config: PretrainedConfig) -> tuple[float, str | None]:
@@ -142,11 +140,12 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _trial(model: PreTrainedModel) -> tuple[float, float]:
+def _trial(model: PreTrainedModel) -> tuple[float, float, set[Shape]]:
     """By how many nats a token's log-probability differs at most between shared prompts and plain rows; and where all
-    trees are one sequence, whose tokens see everything before them."""
+    trees are one sequence, whose tokens see everything before them; and the shapes of its attention."""
     vocabulary = model.config.get_text_config().vocab_size
     rng, scorer, errors, effects = np.random.default_rng(0), LogpModel(model), list[float](), list[float]()
+    shapes = set[Shape]()
     for lengths in TRIAL_TOKENS:
         names = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
         columns = {
@@ -157,7 +156,9 @@ def _trial(model: PreTrainedModel) -> tuple[float, float]:
         examples = Examples(pa.concat_tables([pa.table(columns), pa.table(columns | {names[1]: columns[names[2]]})]))
         trees, rows = (collate(examples, np.arange(4), PAIR_SIDES, shared=shared) for shared in (True, False))
         chained = replace(trees, trees=None)
-        found, expected, leaking = (torch.cat(score(scorer, b, model.device).logps) for b in (trees, rows, chained))
+        found, expected, leaking = (
+            torch.cat(score(scorer, batch, model.device, shapes=shapes).logps) for batch in (trees, rows, chained)
+        )
         errors.append((found - expected).abs().max().item())
         effects.append((leaking - expected).abs().max().item())
-    return float(np.max(errors)), float(np.max(effects))
+    return float(np.max(errors)), float(np.max(effects)), shapes

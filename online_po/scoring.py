@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from online_po.batching import PAIR_SIDES, Examples
 from online_po.errors import LearnerMemoryError
+from online_po.gpu_attention import Shape
 from online_po.logps import LogpModel
 from online_po.packing import MicroBatch, batch_tokens, collate, rank_plans
 from online_po.sections import LearnerConfig
@@ -42,9 +43,12 @@ def score(
     device: torch.device,
     with_entropy: bool = False,
     with_collision: bool = False,
+    *,
+    shapes: set[Shape] | None = None,
 ) -> Scored:
-    """One forward of a micro-batch, see `Scored`. A stand-in gives one tensor of logps, whose values are 0."""
-    trees = None if batch.trees is None else Trees(batch.trees, device)
+    """One forward of a micro-batch, see `Scored`. A stand-in gives one tensor of logps, whose values are 0. `shapes`
+    gets those that trees' attention is asked for in."""
+    trees = None if batch.trees is None else Trees(batch.trees, device, shapes)
     arrays = (batch.input_ids, batch.positions, batch.targets)
     ids, positions, targets = (torch.from_numpy(array).to(device) for array in arrays)
     places = None if batch.position_ids is None else torch.from_numpy(batch.position_ids).to(device)

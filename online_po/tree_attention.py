@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from online_po import gpu_attention
 from online_po.cpu_attention import TreeAttention
+from online_po.gpu_attention import Shape
 
 ATTENTION = "online_po_trees"
 """The name that `tree_attention` has in transformers."""
@@ -31,14 +32,16 @@ ATTENTION = "online_po_trees"
 class Trees:
     """The trees of one row. One object serves all layers, in backward again.
 
-    `sizes`: for each tree its prompt's tokens, then each branch's (at least one); they follow each other in the row.
+    `sizes`: for each tree its prompt's tokens, then each branch's (if it has any); they follow each other in the row.
+    `shapes` gets those that layers ask in.
     """
 
-    def __init__(self, sizes: Sequence[Sequence[int]], device: torch.device) -> None:
+    def __init__(self, sizes: Sequence[Sequence[int]], device: torch.device, shapes: set[Shape] | None = None) -> None:
         self.sizes = sizes
         self.on_cpu = device.type == "cpu"
         self.pieces = [size for tree in sizes for size in tree]
         self.device = device
+        self.shapes = shapes
         self._biases: dict[tuple[int, int], Tensor] = {}
 
     @cached_property
@@ -76,12 +79,14 @@ def tree_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if trees.shapes is not None:
+        trees.shapes.add(Shape.of(query, key, value, scaling))
     if trees.on_cpu:
         return TreeAttention.apply(query, key, value, scaling, trees.sizes), None
     kind = query.device.type  # nothing casts for these kernels
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if gpu_attention.is_proven(gpu_attention.Shape.of(query, key, value)):
+    if gpu_attention.is_proven(Shape.of(query, key, value, scaling), query.shape[2]):
         return gpu_attention.attend(module, query, key, value, scaling, trees.mask), None
     return _piece_by_piece(query, key, value, scaling, trees), None
 

@@ -152,7 +152,7 @@ def learn(task: dict[str, Any]) -> dict[str, Any]:
     )
     losses = [LOSS_BY_NAME["sigmoid"]()]  # type: ignore[call-arg]
     if task["kind"] == "shared, by pieces":
-        prefix_sharing.fault_of = lambda shape: "not asked for"
+        prefix_sharing.try_shapes = lambda shapes: None  # nothing is proven, then
     learner = TorchLearner(ModelConfig.model_validate({"path": task["model"]}), config, losses, seed=0, rounds=1)
     reference = {side: np.zeros(len(pairs), dtype=np.float32) for side in ("chosen", "rejected")}
     if torch.cuda.is_available():
@@ -162,7 +162,7 @@ def learn(task: dict[str, Any]) -> dict[str, Any]:
     steps = list(learner.update(1, pairs, reference, None))
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else peak_gib()
     found = {"seconds": float(np.median([step["seconds"] for step in steps[1:]])), "peak_gib": peak}
-    told = {"told": learner.sharing.told}
+    told = {"told": learner.sharing.told if task["kind"] == "shared" else []}
     return told | found | {"micro_batch_tokens": steps[-1].get("micro_batch_tokens", float(task["micro_batch_tokens"]))}
 
 
@@ -183,7 +183,7 @@ def largest(base: dict[str, int], mode: str, task: dict[str, Any], tries: int, c
             try:
                 found = measure(__file__, task | own)
             except MeasurementError as error:
-                console.print(f"{mode}: {size / 1e9:.3g} billion weights are too many: {error}")
+                console.print(f"{mode}: {size / 1e9:.3g} billion weights are too many: {error}", markup=False)
                 break
         console.print(f"{mode}: {size / 1e9:.3g} billion weights, peak {found['peak_gib']:.1f} GiB")
         held = size
@@ -236,10 +236,10 @@ def main() -> None:
                 try:
                     found = measure(__file__, own)
                 except MeasurementError as error:
-                    console.print(f"{mode}, k = {k}, {kind}: {error}")
+                    console.print(f"{mode}, k = {k}, {kind}: {error}", markup=False)
                     continue
-                for text in found["told"]:
-                    console.print(f"{mode}, k = {k}, {kind}: {text}")
+                for text in found.pop("told"):
+                    console.print(f"{mode}, k = {k}, {kind}: {text}", markup=False)
                 rate = PROMPTS * k * args.response_tokens / found["seconds"]
                 share = needed(shape, own) / found["seconds"] / peak
                 row = {"mode": mode, "k": k, "kind": kind, "tokens_per_s": rate, "of_peak": share, **found}

@@ -177,7 +177,7 @@ def main() -> None:
     if not kinds:
         parser.error("nothing is left to measure; give --trl-python a Python that has TRL")
     cases = [(profile, mode) for profile in args.profiles for mode in args.modes]
-    figures, console = list[dict[str, Any]](), Console()
+    figures, console, failed = list[dict[str, Any]](), Console(), False
     for profile, mode in track(cases, "measuring", console=console):
         task: dict[str, Any] = {
             "model": str(args.model.absolute()),
@@ -196,7 +196,8 @@ def main() -> None:
                 try:
                     found[kind].append(measure(script, task | {"kind": kind}, python, variables))
                 except MeasurementError as error:
-                    console.print(f"{profile}, {mode}, {kind}: {error}\n{error.output}")
+                    console.print(f"{profile}, {mode}, {kind}: {error.output or error}", markup=False)
+                    failed = True
         rows = []
         for kind, runs in found.items():
             if rates := [t / s for run in runs for t, s in zip(run["tokens"], run["seconds"], strict=True)]:
@@ -208,6 +209,8 @@ def main() -> None:
         console.print(show(rows))
     console.rule("all")
     console.print(show(figures))
+    if failed:
+        raise SystemExit("some measurements failed, see above")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def main() -> None:
         return
     if args.model is None:
         parser.error("--model is needed: a folder that transformers loads")
-    figures, console = list[dict[str, Any]](), Console()
+    figures, console, failed = list[dict[str, Any]](), Console(), False
     with tempfile.TemporaryDirectory() as folder:
         prompts = args.prompts
         if prompts is None:
@@ -155,13 +155,16 @@ def main() -> None:
                     with console.status(f"{mode}, {kind}"):
                         found = measured(task, args.trl_python)
                 except MeasurementError as error:
-                    console.print(f"{mode}, {kind}: {error}\n{error.output}")
+                    console.print(f"{mode}, {kind}: {error.output or error}", markup=False)
+                    failed = True
                     continue
                 figures.append({"mode": mode, "kind": kind, "pairs_per_s": found["pairs"] / found["seconds"], **found})
                 console.print(f"{mode}, {kind}: {time.perf_counter() - began:.0f} s in all")
                 if args.json:
                     args.json.write_text(json.dumps(figures, indent=1))
     console.print(show(figures))
+    if failed:
+        raise SystemExit("some measurements failed, see above")
 
 
 if __name__ == "__main__":

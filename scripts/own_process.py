@@ -19,7 +19,8 @@ class MeasurementError(RuntimeError):
     def __init__(self, message: str, output: str = "") -> None:
         super().__init__(message)
         self.output = output
-        self.add_note(output)  # for a traceback
+        if output:
+            self.add_note(output)  # for a traceback
 
 
 def measure(
@@ -33,7 +34,7 @@ def measure(
         done = subprocess.run(command, env=os.environ | (variables or {}), capture_output=True, text=True)
         if done.returncode == -signal.SIGKILL:
             raise MeasurementError("killed, as processes are where the machine has too little memory")
-        if done.returncode:
+        if done.returncode or not found.is_file():
             output = f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}".strip()
             raise MeasurementError((output.splitlines() or ["no word"])[-1][:300], output)
         return json.loads(found.read_text())

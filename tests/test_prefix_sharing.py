@@ -239,7 +239,7 @@ def test_with_the_bias_that_gpus_get_it_is_the_same(monkeypatch: pytest.MonkeyPa
     batch, cpu = collate(Examples(pairs_of_prompts()), np.arange(12), PAIR_SIDES, shared=True), torch.device("cpu")
     found = []
     for device in ("cpu", "cuda"):
-        monkeypatch.setattr(scoring, "Trees", lambda sizes, _, device=device: Trees(sizes, torch.device(device)))
+        monkeypatch.setattr(scoring, "Trees", lambda sizes, *_, device=device: Trees(sizes, torch.device(device)))
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
             found.append(torch.cat(score(LogpModel(model), batch, cpu).logps))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5 if dtype == "float32" else 0.5)

@@ -107,7 +107,7 @@ def test_ranks_without_memory_begin_again_with_less_to_do_at_once(tmp_path: Path
         def fail(*args: Any) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-        rank.learner.policy.gathered = fail
+        rank.learner.held.gathered = fail
 
     try:
         whole = two.train()
