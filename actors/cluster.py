@@ -23,12 +23,17 @@ from online_po.config import Config
 from online_po.errors import ConfigError, first_line
 from online_po.sections import RayConfig
 
+NOSET = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+
 
 def start(config: RayConfig) -> None:
     """Connects to `ray.address`, or starts a private Ray on this machine, bound to loopback.
 
-    Raises ConfigError if the address answers nothing, or this process is connected to Ray already.
+    Raises ConfigError if the address answers nothing, this process is connected to Ray already, or Ray is told to leave
+    actors' GPUs alone.
     """
+    if os.environ.get(NOSET, "0") not in ("", "0"):
+        raise ConfigError(f"{NOSET} is set: actors would all use the first GPU; unset it")
     if ray.is_initialized():
         raise ConfigError("this process is connected to Ray already; call ray.shutdown() first, a run has its own")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -97,8 +102,15 @@ class Placement:
 
     @property
     def shared(self) -> bool:
-        """Whether actors of several kinds share GPUs."""
-        return bool(self.together)
+        """Whether actors share GPUs."""
+        return bool(self.together) or any(0 < gpus < 1 for gpus in (self.generator, self.learner, self.judge))
+
+    @property
+    def engine_memory(self) -> float:
+        """What an engine may take of its GPU's memory, where the config leaves that open."""
+        if "generator" in self.together:
+            return {2: 0.4, 3: 0.3}[len(self.together)]
+        return 0.85 * min(1.0, self.generator or 1.0)
 
     def options(self, kind: str, number: int) -> dict[str, Any]:
         """Ray's options for an actor, the `number`-th of its kind."""
@@ -178,10 +190,11 @@ def placement(config: Config) -> Placement:
     if need > have:
         names = {"generator": "generator.replicas", "learner": "learner.ranks", "judge": "judge.workers"}
         asked = [f"{names[k]} = {counts[k]} with {gpus:g} each" for k, gpus in shares.items() if gpus or k != "judge"]
-        raise ConfigError(
-            f"the cluster has {have} GPUs, but {need:g} are needed: {' and '.join(asked)}; lower them, or set "
-            + " and ".join(f"ray.{kind}_gpus" for kind, gpus in shares.items() if gpus or kind != "judge")
-        )
+        remedy = "lower them"
+        if engine_whole:
+            kinds = [f"ray.{kind}_gpus" for kind, gpus in shares.items() if gpus or kind != "judge"]
+            remedy += f", or set {' and '.join(kinds)}"
+        raise ConfigError(f"the cluster has {have} GPUs, but {need:g} are needed: {' and '.join(asked)}; {remedy}")
     return Placement(generator=shares["generator"], learner=shares["learner"], judge=shares["judge"])
 
 

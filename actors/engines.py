@@ -74,7 +74,7 @@ def _judge_engines(judge: JudgeBase) -> list[tuple[str, str]]:
 
 def environment(config: Config, cores: int) -> dict[str, str]:
     """Variables of a generator's process that must be set before it imports torch or vllm; engines share `cores`."""
-    found = variables(config.generator.threads or cores // config.generator.replicas)
+    found = variables(config.generator.threads or cores // config.generator.replicas, keeps_memory=on_cpu(config))
     if on_cpu(config) and config.generator.enforce_eager is not False:
         # vLLM would still compile how it counts the tokens that are likelier than the sampled one: 4 to 14 s at each
         # start for less than 1% of a step.
@@ -82,15 +82,15 @@ def environment(config: Config, cores: int) -> dict[str, str]:
     return found
 
 
-def variables(threads: int) -> dict[str, str]:
-    """Variables of a process that computes with a model, by itself or with vLLM in it."""
+def variables(threads: int, keeps_memory: bool) -> dict[str, str]:
+    """Variables of a process that computes with a model, by itself or with vLLM in it; see `online_po.cpu`."""
     passed = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
     return {
         # vLLM's scheduler in the actor's own process: saves a process, and half of the start-up time on a CPU.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
-        **cpu.variables(threads),
+        **cpu.variables(threads, keeps_memory),
         **passed,
     }
 

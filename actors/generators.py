@@ -24,8 +24,6 @@ from online_po.types import Group, Policy, Probe, Request, SyncReport
 IN_FLIGHT = 2
 """Chunks given to a replica: one running, one waiting, so that an engine never waits for the driver."""
 CLOSE_TIMEOUT_S = 5.0
-SHARE = {1: 0.85, 2: 0.4, 3: 0.3}
-"""`generator.gpu_memory_utilization: null`, by how many actors hold the engine's GPU."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -77,8 +75,7 @@ class GeneratorGroup:
         check_engine(config)
         self._supervisor = supervisor or Supervisor(config)
         self._place = cluster.placement(config)
-        together = self._place.together
-        memory = config.generator.gpu_memory_utilization or SHARE[len(together) if "generator" in together else 1]
+        memory = config.generator.gpu_memory_utilization or self._place.engine_memory
         self._config = _with_generator(config, gpu_memory_utilization=memory)
         variables = environment(config, cluster.cores())
         variables |= {} if self._place.generator else {"CUDA_VISIBLE_DEVICES": ""}

@@ -69,7 +69,8 @@ class JudgeGroup:
         self._place = cluster.placement(config)
         options: dict[str, Any] = {"num_cpus": config.ray.judge_cpus, "max_restarts": 0}
         if config.judge.holds_model:
-            passed = variables(int(config.ray.judge_cpus) or cluster.cores() // count)
+            threads = int(config.ray.judge_cpus) or cluster.cores() // count
+            passed = variables(threads, keeps_memory=not self._place.judge)
             passed |= {} if self._place.judge else {"CUDA_VISIBLE_DEVICES": ""}
             options["runtime_env"] = {"env_vars": passed}
         self._actor = ray.remote(**options, concurrency_groups=PULSE_GROUP)(_JudgeWorker)

@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from actors import cluster
 from actors.shared_weights import prepare, share
 from actors.supervision import PULSE_GROUP, Progress, Pulse, Supervisor, death
-from online_po import cpu
+from online_po import cpu, gpu
 from online_po.batching import COLUMNS
 from online_po.config import Config
 from online_po.errors import (
@@ -73,9 +73,7 @@ class _Rank:
         # This process does nothing else, so it may set what holds for the whole process.
         torch.set_num_threads(self.threads)
         cpu.use_onednn_products()
-        if torch.cuda.is_available():
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        gpu.prepare(self.config.learner.compute_dtype)
         if meeting is not None:
             address, port = meeting
             ranks = self.config.learner.ranks
@@ -178,8 +176,9 @@ class LearnerGroup:
         self._place = cluster.placement(config)
         self._threads = config.learner.threads or max(1, cluster.cores() // config.learner.ranks)
         environment = {
-            **cpu.variables(self._threads),
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic matrix products on GPUs need
+            **cpu.variables(self._threads, keeps_memory=self._place.learner == 0),
+            **gpu.VARIABLES,
+            "LOCAL_RANK": "0",  # a rank sees one GPU, whatever started this process
         }
         if config.ray.address is None:
             # Left to themselves they listen where the host's name leads.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +15,18 @@ class WeightSync:
     """Mixed into `vllm.v1.worker.gpu_worker.Worker` (`worker_extension_cls`) and called through `collective_rpc`."""
 
     model_runner: Any
+    reload_weights: Callable[..., None]
+    """The worker's own, in vLLM's context."""
 
     def load_policy(self, path: str) -> None:
         """Replaces all weights by those of a Hugging Face folder on a disk this process sees."""
-        self.model_runner.reload_weights(weights_path=path)
+        self.reload_weights(weights_path=path)
         self._renew_head()
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Replaces all weights by tensors named as in a Hugging Face folder's files; they may be read-only. Only where
         the worker is in the caller's process."""
-        self.model_runner.reload_weights(weights_iterator=iter(tensors.items()))
+        self.reload_weights(weights_iterator=iter(tensors.items()))
         self._renew_head()
 
     def load_merged(self, adapter: str) -> None:
@@ -36,7 +38,7 @@ class WeightSync:
         runner = self.model_runner
         loader: Any = get_model_loader(runner.vllm_config.load_config)
         weights = partial(loader.get_all_weights, runner.model_config, runner.get_model())
-        runner.reload_weights(weights_iterator=merged(weights, Path(adapter)))
+        self.reload_weights(weights_iterator=merged(weights, Path(adapter)))
         self._renew_head()
 
     def _renew_head(self) -> None:

@@ -21,15 +21,16 @@ TOLERANCE = 1e-5
 above 1e-4."""
 
 
-def variables(threads: int) -> dict[str, str]:
-    """Variables of such a process, which are read when it starts, or imports torch."""
-    return {
+def variables(threads: int, keeps_memory: bool = True) -> dict[str, str]:
+    """Variables of such a process, which are read when it starts, or imports torch. `keeps_memory`: see `MALLOC`; not
+    for one that computes on a GPU, and holds a whole model on the CPU only now and then."""
+    kept = {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items())}
+    return (kept if keeps_memory else {}) | {
         "OMP_NUM_THREADS": str(max(1, threads)),
         "MKL_NUM_THREADS": str(max(1, threads)),
         # Idle threads sleep instead of spinning: another process may run on the same cores.
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
-        "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items()),
     }
 
 

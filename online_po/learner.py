@@ -27,7 +27,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
-from online_po import files, policy_model
+from online_po import files, gpu, policy_model
 from online_po.batching import MISMATCHED, ORDER_VERSION, Examples, epoch_order, global_batches
 from online_po.errors import ConfigError, OnlinePOError, first_line, is_out_of_memory
 from online_po.fail_points import fail_point
@@ -193,6 +193,7 @@ class TorchLearner:
                         raise
                     fault = first_line(error)
                 self._scoring.make_smaller(tokens, rows, "log-probabilities", fault)
+        gpu.let_go(self.device)
 
     @torch.no_grad()
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
@@ -272,6 +273,7 @@ class TorchLearner:
                 if plan.is_due(step + 1, steps):
                     self._save_step(step + 1, made, writer)
                 yield metrics
+        gpu.let_go(self.device)
 
     def _batches(self, tokens: Examples, round_: int) -> Iterator[np.ndarray]:
         """The rows of each optimizer step of a round."""

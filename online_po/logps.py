@@ -70,9 +70,10 @@ class LogpModel(nn.Module):
     The head runs in chunks of tokens and again in backward, so memory grows with the hidden size, not with
     the vocabulary. Backbone and head are called inside one forward: FSDP's root hooks see both.
 
-    The head computes in float32 whatever the backbone does: logits rounded to bfloat16 are off by up to a
-    hundredth of a nat and more. For that, a forward under bfloat16 weights holds a float32 copy of the head's
-    weights until its backward is over, in which the chunks' gradients add up.
+    The head computes in float32 whatever the backbone does (on a GPU under bfloat16 in TF32, see `online_po.gpu`):
+    logits rounded to bfloat16 are off by up to a hundredth of a nat and more. For that, a forward under bfloat16
+    weights holds a float32 copy of the head's weights until its backward is over, in which the chunks' gradients add
+    up.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -5,6 +5,7 @@ Reads the config, the tokenizer, the model's config.json and the prompts; starts
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
 import math
@@ -206,8 +207,10 @@ def _require_kv_cache(config: Config, shape: ModelShape) -> None:
 
 
 def on_cpu(config: Config) -> bool:
-    """Whether a run on this machine would use its CPU: no GPU driver here, and no cluster elsewhere."""
-    return config.ray.address is None and shutil.which("nvidia-smi") is None
+    """Whether a run on this machine would use its CPU: torch's CPU build or no GPU driver here, and no cluster
+    elsewhere."""
+    has_driver = shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/gpus").is_dir()
+    return config.ray.address is None and (not has_driver or importlib.metadata.version("torch").endswith("+cpu"))
 
 
 def engine_dtype(config: Config) -> str:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from online_po import gpu
 from online_po.batching import PAIR_SIDES, Examples
 from online_po.errors import LearnerMemoryError
 from online_po.gpu_attention import Shape
@@ -109,8 +110,7 @@ class Scoring:
         Raises LearnerMemoryError if neither helps. Of several ranks too, with what all of them can begin again with:
         the others are in the midst of passes that this one cannot go through."""
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        gpu.let_go(self.device)
         shared = self.shares(tokens, rows, tokens.sides)
         shares = [share for plan in self.micro_batches(tokens, rows, tokens.sides) for share in plan if len(share)]
         held = [batch_tokens(tokens, share, tokens.sides, shared=shared) for share in shares]

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from online_po.gpu import VARIABLES
 from own_process import MeasurementError, measure
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -129,7 +130,7 @@ def learn(task: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from bench_learner import peak_gib, reset_peak
-    from online_po import prefix_sharing
+    from online_po import gpu, prefix_sharing
     from online_po.learner import TorchLearner
     from online_po.loss_configs import LOSS_BY_NAME
     from online_po.sections import LearnerConfig, ModelConfig
@@ -150,6 +151,7 @@ def learn(task: dict[str, Any]) -> dict[str, Any]:
             "gradient_checkpointing": task["checkpointing"],
         }
     )
+    gpu.prepare("bfloat16")
     losses = [LOSS_BY_NAME["sigmoid"]()]  # type: ignore[call-arg]
     if task["kind"] == "shared, by pieces":
         prefix_sharing.try_shapes = lambda shapes: None  # nothing is proven, then
@@ -181,7 +183,7 @@ def largest(base: dict[str, int], mode: str, task: dict[str, Any], tries: int, c
             size = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors")) // 2
             own = {"model": str(folder / "model"), "mode": mode, "checkpointing": True, "branches": 2, "steps": 1}
             try:
-                found = measure(__file__, task | own)
+                found = measure(__file__, task | own, variables=VARIABLES)
             except MeasurementError as error:
                 console.print(f"{mode}: {size / 1e9:.3g} billion weights are too many: {error}", markup=False)
                 break
@@ -234,7 +236,7 @@ def main() -> None:
             for kind in kinds:
                 own = task | {"mode": mode, "branches": k, "kind": kind}
                 try:
-                    found = measure(__file__, own)
+                    found = measure(__file__, own, variables=VARIABLES)
                 except MeasurementError as error:
                     console.print(f"{mode}, k = {k}, {kind}: {error}", markup=False)
                     continue

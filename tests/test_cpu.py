@@ -45,6 +45,7 @@ def test_freed_memory_is_kept_for_the_next_tensor() -> None:
 
 def test_threads_are_at_least_one() -> None:
     assert [cpu.variables(threads)["OMP_NUM_THREADS"] for threads in (0, 3)] == ["1", "3"]
+    assert cpu.variables(1, keeps_memory=False) == {k: v for k, v in cpu.variables(1).items() if k != "GLIBC_TUNABLES"}
 
 
 @pytest.mark.parametrize(("text", "found"), [("vendor_id\t: AuthenticAMD", True), ("vendor_id\t: GenuineIntel", False)])

@@ -14,7 +14,7 @@ from online_po.config import Config
 from online_po.errors import ConfigError
 from online_po.memory import Memory
 from online_po.model_content import count_weights
-from online_po.plan import GIB, estimate, make_plan, read_shape
+from online_po.plan import GIB, estimate, make_plan, on_cpu, read_shape
 
 PROMPTS = [{"prompt": f"question {i}", "constraints": [{"type": "lowercase"}]} for i in range(20)]
 
@@ -43,6 +43,18 @@ def parse(tmp_path, model, prompts=PROMPTS, **overrides) -> Config:
         else:
             data[section] = value
     return Config.parse(data)
+
+
+@pytest.mark.parametrize(
+    ("driver", "build", "expected"),
+    [(None, "+cpu", True), (None, "", True), ("/usr/bin/nvidia-smi", "", False), ("/usr/bin/nvidia-smi", "+cpu", True)],
+)
+def test_the_cpu_is_used_where_torch_knows_no_other(tmp_path, tiny_model, monkeypatch, driver, build, expected):
+    monkeypatch.setattr("online_po.plan.shutil.which", lambda name: driver)
+    monkeypatch.setattr("online_po.plan.Path.is_dir", lambda path: False)
+    monkeypatch.setattr("online_po.plan.importlib.metadata.version", lambda name: f"2.13.0{build}")
+    here, elsewhere = (parse(tmp_path, tiny_model, ray={"address": address}) for address in (None, "10.0.0.1:6379"))
+    assert on_cpu(here) is expected and on_cpu(elsewhere) is False
 
 
 def test_a_plan_counts_and_measures(tmp_path, tiny_model):

@@ -84,6 +84,41 @@ def test_judges_that_hold_a_model_get_gpus(tmp_path, monkeypatch, gpus, override
         assert sum(getattr(place, kind) for kind in place.together) <= 1
 
 
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "memory", "one_after_the_other"),
+    [
+        (0, {}, 0.85, False),
+        (2, {}, 0.85, False),
+        (1, {}, 0.4, True),
+        (1, {"judge": REWARD}, 0.3, True),
+        (8, {"generator__tensor_parallel": 4}, 0.85, False),
+        (2, {"judge": REWARD}, 0.85, True),
+        (1, {"ray": {"learner_gpus": 0.5, "generator_gpus": 0.5}}, 0.425, True),
+        (1, {"judge": REWARD, "ray": {"judge_gpus": 0.2, "learner_gpus": 0.4, "generator_gpus": 0.4}}, 0.34, True),
+    ],
+)
+def test_engines_take_no_more_memory_than_their_share(
+    tmp_path, monkeypatch, gpus, overrides, memory, one_after_the_other
+):
+    """vLLM takes what is free for its own: nobody else may load beside it where a GPU is shared."""
+    monkeypatch.setattr(cluster, "gpu_count", lambda: gpus)
+    place = cluster.placement(make_config(tmp_path, **overrides))
+    assert place.engine_memory == pytest.approx(memory) and place.shared == one_after_the_other
+
+
+def test_engines_that_share_with_nobody_are_told_what_can_be_lowered(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "gpu_count", lambda: 8)
+    config = make_config(tmp_path, generator__replicas=4, generator__tensor_parallel=2, learner={"ranks": 4})
+    with pytest.raises(ConfigError, match=r"has 8 GPUs, but 12 are needed: .* with 1 each; lower them$"):
+        cluster.placement(config)
+
+
+def test_a_ray_that_leaves_gpus_alone_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv(cluster.NOSET, "1")
+    with pytest.raises(ConfigError, match="NOSET_CUDA_VISIBLE_DEVICES is set: .* unset it"):
+        cluster.start(make_config(tmp_path).ray)
+
+
 def test_too_few_gpus_for_the_judge_are_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "gpu_count", lambda: 2)
     with pytest.raises(

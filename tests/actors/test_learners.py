@@ -110,7 +110,9 @@ def test_what_is_told_of_policies_that_are_not_shared(
     monkeypatch.setattr(learners, "prepare", lambda needed: prepared.append(needed) or setting.get("room", True))
     rank = learners._Rank(make_config(model, tensor_parallel=setting.get("tensor_parallel", 1)), 0, 1, 100, False)
     lm = AutoModelForCausalLM.from_pretrained(model)
-    rank.learner = SimpleNamespace(sharing=Sharing(), model=lm, as_named=setting.get("as_named", True))
+    rank.learner = SimpleNamespace(
+        sharing=Sharing(), model=lm, held=SimpleNamespace(as_named=setting.get("as_named", True))
+    )
     texts, shares = rank._about()
     assert shares == (told is None) and len(texts) == (told is not None)
     assert all(told in text and "once it is saved" in text for text in texts if told)
