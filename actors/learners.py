@@ -103,7 +103,7 @@ class _Rank:
         from online_po.policy_model import policy_tensors, stored_shapes
 
         generator, model = self.config.generator, self.learner.model
-        told = list(self.learner.sharing.told)
+        told = self.learner.sharing.told
         if isinstance(model, PeftModel):
             if generator.engine == "vllm" and generator.merges(on_cpu(self.config)):
                 require_mergeable(model, stored_shapes(self.config.model))

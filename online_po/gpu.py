@@ -12,9 +12,8 @@ VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 def prepare(compute_dtype: str) -> None:
-    """Makes results the same each time, and under bfloat16 lets float32 products be TF32: those of the head, in which
-    weights and hidden states that were computed in bfloat16 lose nothing that they had. Nothing where there is no GPU.
-    """
+    """Makes results the same each time, and under bfloat16 lets float32 products, the head's, be TF32: hidden states
+    lose nothing by that, weights less than they do in every layer. Nothing where there is no GPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -66,8 +66,8 @@ def is_proven(shape: Shape, tokens: int) -> bool:
 
 
 def try_shapes(shapes: Iterable[Shape]) -> str | None:
-    """Tries FlexAttention on a model's shapes: what is wrong with it, for people, and none of them is proven; None:
-    nothing. All ranks must call it, and come to the same.
+    """Tries FlexAttention on a model's shapes, and says what is wrong with it, for people: none of them is proven then.
+    None where it is right. All ranks must call it, and come to the same.
 
     Compiles; not to be called inside a forward. Raises what a device raises that has no memory left."""
     shapes = sorted(shapes, key=str)
